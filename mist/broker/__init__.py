@@ -1,0 +1,1 @@
+"""The durable contract (base.py) and what is written once above it."""

@@ -1,0 +1,472 @@
+"""The durable contract. Read this first.
+
+Bytes below, types above; batch below, single above: records carry bytes, the codec sits one layer up, so a relay moves
+records without decoding them. A Broker opens Streams, a Stream appends and reads Records and opens Consumers; the
+Broker's Checkpoints keep positions. Everything else (cursors, the batching publisher, workers) is written once above.
+
+Promises, each one a case in mist.testing.conformance:
+
+sequence     int >= 1, increasing, unique for the life of a stream. Ours start at 1 and are dense; only order is promised.
+time         of a record: its append time at the broker, Unix nanoseconds, never going back along the sequence.
+incarnation  text that changes when a stream is deleted and made again.
+no third-party exception crosses this contract: everything raised is in mist.errors (or CancelledError).
+use after `aclose` raises Closed; `aclose` is idempotent and wakes every waiter with Closed.
+a Broker belongs to the event loop it was connected on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+from msgspec import Struct
+from msgspec.structs import fields
+
+from mist.errors import Conflict, InvalidArgument, TooLarge
+from mist.protocol.subject import check_filter, check_subject
+
+Headers = tuple[tuple[str, str], ...]
+"""Content type, trace context, dead-letter reason…; names compare case-sensitively, CR and LF are refused."""
+
+Durability = Literal["memory", "process", "power", "replicated"]
+"""What an acknowledged append survives: nothing / kill -9 / a power cut / the loss of a node."""
+
+BYTES_MAX = 8 * 1024 * 1024
+RECORD_BYTES_MAX = 11 * 1024 * 1024
+ID_BYTES_MAX = 256
+HEADERS_BYTES_MAX = 64 * 1024
+ALL = (">",)
+
+
+class Message(Struct, frozen=True, gc=False):
+    """To be written. `id` de-duplicates within the stream's window; empty = never a duplicate."""
+
+    subject: str
+    data: bytes
+    id: str = ""
+    headers: Headers = ()
+
+
+class Record(Struct, frozen=True, gc=False):
+    """As stored."""
+
+    sequence: int
+    subject: str
+    data: bytes
+    timestamp_ns: int
+    id: str = ""
+    headers: Headers = ()
+
+
+class Page(Struct, frozen=True):
+    """A read's answer. `scanned` is the `after` of the next read (it moves even when no record matched);
+    `last` is the stream's last readable sequence at the time of the read. `scanned >= last` means: at the end."""
+
+    records: list[Record]
+    scanned: int
+    last: int
+
+
+class Delivery(Struct, frozen=True, gc=False):
+    """A record handed to a consumer. `attempt` starts at 1; `token` names this delivery, a later one differs."""
+
+    record: Record
+    attempt: int
+    token: str
+
+
+class Capabilities(Struct, frozen=True, kw_only=True):
+    """Promises both ways: declared means the conformance suite exercises it, undeclared means the call raises
+    Unsupported."""
+
+    persistent: bool = False
+    """Streams, consumers and checkpoints survive aclose and a new connect."""
+    processes: bool = False
+    """Several processes may append, read, consume and checkpoint at once."""
+    threads: bool = False
+    """Several event loops in threads of one process may connect to the same data."""
+    append: bool = True
+    conditional_append: bool = True
+    """`expected_last` is honoured."""
+    dedupe: bool = True
+    consumers: bool = True
+    checkpoints: bool = True
+    trim: bool = True
+    locate: bool = True
+    retention: bool = True
+    """age_s_max, bytes_max and records_max of StreamConfig are honoured."""
+    verify: bool = False
+    """`verify` reads every stored byte and finds damage."""
+    delete: bool = True
+
+
+class StreamConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Set at creation, kept with the stream. None = the backend's default. `full` says what happens to an append
+    above bytes_max or records_max: the oldest records go, or the append is refused with StorageFull."""
+
+    durability: Durability | None = None
+    age_s_max: float | None = None
+    bytes_max: int | None = None
+    records_max: int | None = None
+    full: Literal["drop_oldest", "refuse"] | None = None
+    dedupe_window_s: float | None = None
+    dedupe_ids_max: int | None = None
+    segment_bytes: int | None = None
+    """Where the backend has segments (log): roll at this size, and at this age."""
+    segment_age_s: float | None = None
+
+    def or_defaults(self, defaults: StreamConfig) -> StreamConfig:
+        """These settings, with the defaults where a field is None."""
+        return StreamConfig(
+            **{
+                f.name: getattr(defaults, f.name) if getattr(self, f.name) is None else getattr(self, f.name)
+                for f in fields(StreamConfig)
+            }
+        )
+
+    def check_fits(self, existing: StreamConfig, stream: str) -> None:
+        """Raise Conflict when a stream that exists was made with other settings than the ones asked for."""
+        for f in fields(StreamConfig):
+            asked, has = getattr(self, f.name), getattr(existing, f.name)
+            if asked is not None and asked != has:
+                raise Conflict(
+                    f"stream {stream}: exists with {f.name}={has}, asked for {asked}",
+                    hint="open it without a configuration, or delete it first",
+                )
+
+    def validate(self) -> StreamConfig:
+        for name in (
+            "age_s_max",
+            "bytes_max",
+            "records_max",
+            "dedupe_window_s",
+            "dedupe_ids_max",
+            "segment_bytes",
+            "segment_age_s",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InvalidArgument(f"stream configuration: {name}={value} is negative")
+        return self
+
+
+DEFAULTS = StreamConfig(
+    age_s_max=0, bytes_max=0, records_max=0, full="drop_oldest", dedupe_window_s=120.0, dedupe_ids_max=100_000,
+    segment_bytes=64 * 1024 * 1024, segment_age_s=0,
+)  # fmt: skip
+"""0 = no limit. `durability` has no default here: every backend states its own."""
+
+
+class StreamInfo(Struct, frozen=True, kw_only=True):
+    """`first` is last + 1 when the stream is empty. `bytes` is what the stream occupies, as the backend counts it."""
+
+    name: str
+    incarnation: str
+    first: int
+    last: int
+    records: int
+    bytes: int
+    durability: Durability
+    capabilities: Capabilities
+    config: StreamConfig
+    created_ns: int = 0
+    size_bytes_max: int = RECORD_BYTES_MAX
+    warnings: tuple[str, ...] = ()
+
+
+class Damage(Struct, frozen=True):
+    """Records first..last (inclusive) cannot be read. `where` is for the operator: file and offset."""
+
+    first: int
+    last: int
+    where: str
+    why: str
+
+
+class Verification(Struct, frozen=True, kw_only=True):
+    """The answer of `verify`: what was read, and every damaged range, in order."""
+
+    records: int
+    bytes: int
+    first: int
+    last: int
+    damage: list[Damage]
+
+
+class ConsumerConfig(Struct, frozen=True, kw_only=True):
+    """`after` is where a new consumer starts (exclusive). `ack_wait_s`: an unacked delivery returns after this.
+    `attempts_max`: then it goes to the dead letters (0 = for ever). `pending_max` bounds unacked deliveries over all
+    workers: `fetch` gives nothing above it."""
+
+    after: int = 0
+    subjects: tuple[str, ...] = ALL
+    ack_wait_s: float = 30.0
+    attempts_max: int = 5
+    pending_max: int = 65_536
+
+    def validate(self) -> ConsumerConfig:
+        for pattern in self.subjects:
+            check_filter(pattern)
+        if self.after < 0 or self.ack_wait_s <= 0 or self.attempts_max < 0 or self.pending_max < 1 or not self.subjects:
+            raise InvalidArgument(f"consumer configuration cannot be right: {self}")
+        return self
+
+
+class ConsumerInfo(Struct, frozen=True, kw_only=True):
+    """`floor`: everything up to it is settled. `delivered`: the highest sequence ever handed out or passed over.
+    `pending`: handed out, not settled. `redelivered`: pending ones with attempt > 1. `lag`: undelivered and pending
+    records (for a filtered consumer unscanned records count whether they match or not). `lag_s`: age of the oldest
+    undelivered record, 0 when there is none."""
+
+    name: str
+    stream: str
+    floor: int
+    delivered: int
+    pending: int
+    redelivered: int
+    lag: int
+    lag_s: float
+    config: ConsumerConfig
+
+
+class Pending(Struct, frozen=True):
+    """One unsettled delivery. `due_s`: seconds until it may be handed out again, negative when overdue."""
+
+    sequence: int
+    attempt: int
+    due_s: float
+
+
+class Checkpoint(Struct, frozen=True, kw_only=True):
+    """A durable position under a name: everything up to `sequence` is done. `time_ns` is when it was saved."""
+
+    stream: str
+    name: str
+    incarnation: str
+    sequence: int
+    time_ns: int = 0
+
+
+class Checkpoints(ABC):
+    """The one store of positions. Key: (stream, name). A saved checkpoint survives what the backend's strongest
+    durability survives."""
+
+    @abstractmethod
+    async def save(self, checkpoint: Checkpoint, *, force: bool = False) -> Checkpoint:
+        """Store it atomically, with the time filled in. Saving the same sequence again is fine.
+
+        Raises CheckpointRegression when the stored sequence is higher, WrongIncarnation when the stored one is of
+        another incarnation; `force` overrides both.
+        """
+
+    @abstractmethod
+    async def load(self, stream: str, name: str) -> Checkpoint | None: ...
+
+    @abstractmethod
+    async def delete(self, stream: str, name: str) -> bool:
+        """Whether there was one."""
+
+    @abstractmethod
+    async def list(self, stream: str = "") -> list[Checkpoint]:
+        """All of one stream, or all; sorted by (stream, name)."""
+
+
+class Broker(ABC):
+    """One connection to one backend. Made by `mist.connect(url)`."""
+
+    url: str
+    """As it may be printed: secrets replaced."""
+    backend: str
+    """Its short name: log, memory, nats, redis."""
+    capabilities: Capabilities
+
+    @abstractmethod
+    async def open(self, name: str, *, create: bool = True, config: StreamConfig | None = None) -> Stream:
+        """The stream of that name, made when absent and `create`. Opening again gives an equal handle.
+
+        Raises NotFound (absent, not create), Conflict (exists with other settings than asked for),
+        InvalidArgument (not a stream name).
+        """
+
+    @abstractmethod
+    async def streams(self) -> list[str]:
+        """The names, sorted; dead-letter streams included."""
+
+    @abstractmethod
+    async def delete(self, name: str) -> None:
+        """Remove the stream, its consumers and its checkpoints. Raises NotFound. Open handles raise NotFound after."""
+
+    @abstractmethod
+    async def ping(self) -> float:
+        """Round trip in seconds. Raises Unavailable or TimedOut."""
+
+    @property
+    @abstractmethod
+    def checkpoints(self) -> Checkpoints: ...
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Idempotent. Appends already accepted are finished first; waiting reads and fetches raise Closed."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class Stream(ABC):
+    """One ordered, append-only sequence of records."""
+
+    name: str
+    incarnation: str
+    size_bytes_max: int
+    """The largest `data` of one message."""
+
+    @abstractmethod
+    async def append(self, messages: Sequence[Message], *, expected_last: int | None = None) -> list[int]:
+        """Store the messages in order and return their sequences, when the stream's durability is reached.
+
+        All or a prefix: PartialAppend tells how far. No messages: returns [] and touches nothing. A message whose id
+        was seen within the window is not stored again and gets the first one's sequence; that check comes before
+        `expected_last` (the last sequence the caller knows), which raises WrongSequence if other messages came
+        between and something new is to be stored. A cancelled append is not withdrawn.
+        Raises TooLarge and InvalidArgument before anything is stored; Ambiguous when the fate is unknown;
+        StorageFull when there is no room.
+        """
+
+    @abstractmethod
+    async def read(
+        self,
+        *,
+        after: int = 0,
+        subjects: Sequence[str] = ALL,
+        limit: int = 256,
+        bytes_max: int = BYTES_MAX,
+        wait_s: float = 0.0,
+    ) -> Page:
+        """One page of the records after `after` (exclusive), oldest first, at most `limit` of them.
+
+        A page's data stays within `bytes_max`, but holds at least one record where one matches. At the end it waits up
+        to `wait_s` for a record, then returns an empty page. A filtered page may be empty before the end: go on with
+        `scanned`. Pure: cancelling it loses nothing, the same `after` gives the same records.
+        Raises SequenceExpired, CursorAhead, DataLoss (when the first record to return is damaged; records before the
+        damage are returned first).
+        """
+
+    @abstractmethod
+    async def info(self) -> StreamInfo: ...
+
+    @abstractmethod
+    async def locate(self, time_ns: int) -> int:
+        """The first sequence whose record time is >= `time_ns`; last + 1 when there is none."""
+
+    @abstractmethod
+    async def trim(self, *, before: int) -> int:
+        """Remove the records below sequence `before`; returns how many went. Never makes room in the numbering.
+
+        Raises CursorAhead when `before` is beyond last + 1.
+        """
+
+    @abstractmethod
+    async def verify(self) -> Verification:
+        """Read every stored byte."""
+
+    @abstractmethod
+    async def consumer(self, name: str, config: ConsumerConfig | None = None, *, create: bool = True) -> Consumer:
+        """The durable consumer of that name, made when absent and `create`.
+
+        Raises NotFound, Conflict (exists with another configuration than asked for), CursorAhead (config.after).
+        """
+
+    @abstractmethod
+    async def consumers(self) -> list[str]: ...
+
+
+class Consumer(ABC):
+    """Durable delivery state, shared by competing workers."""
+
+    name: str
+    stream: str
+    config: ConsumerConfig
+
+    @abstractmethod
+    async def fetch(self, *, limit: int = 256, bytes_max: int = BYTES_MAX, wait_s: float = 0.0) -> list[Delivery]:
+        """Up to `limit` deliveries: first what is due again, then new records. Waits up to `wait_s` for the first.
+
+        Each is this caller's until `ack_wait_s` passes. A record out of attempts is put among the dead letters, with
+        its reason, before it is settled here, and the next one is served. Damage raises DataLoss once per range; the
+        next fetch goes on behind it.
+        """
+
+    @abstractmethod
+    async def ack(self, deliveries: Sequence[Delivery]) -> int:
+        """Settle them. Returns how many were still ours; a stale token is a no-op. Final."""
+
+    @abstractmethod
+    async def nak(self, deliveries: Sequence[Delivery], *, delay_s: float = 0.0) -> int:
+        """Give them back, to be delivered again after `delay_s` with attempt + 1; those out of attempts become dead
+        letters. Returns how many were still ours."""
+
+    @abstractmethod
+    async def term(self, deliveries: Sequence[Delivery], *, reason: str = "") -> int:
+        """Never deliver them again: they become dead letters with this reason. Returns how many were still ours."""
+
+    @abstractmethod
+    async def extend(self, deliveries: Sequence[Delivery]) -> int:
+        """Start their `ack_wait_s` anew. Returns how many were still ours."""
+
+    @abstractmethod
+    async def info(self) -> ConsumerInfo: ...
+
+    @abstractmethod
+    async def pending(self, *, limit: int = 1000) -> list[Pending]:
+        """Unsettled deliveries by sequence."""
+
+    @abstractmethod
+    async def seek(self, after: int) -> None:
+        """Forget all delivery state and go on after `after`. Older deliveries become stale. Raises CursorAhead."""
+
+    @abstractmethod
+    async def delete(self) -> None:
+        """Remove the consumer. Idempotent; later calls raise NotFound."""
+
+
+def check_messages(messages: Sequence[Message], size_bytes_max: int) -> None:
+    """What every adapter checks before it stores anything. Raises TooLarge or InvalidArgument naming the position."""
+    if not messages:
+        return
+    if max([len(m.data) for m in messages]) > size_bytes_max:
+        i, big = next((i, len(m.data)) for i, m in enumerate(messages) if len(m.data) > size_bytes_max)
+        raise TooLarge(f"message {i}: data", size_bytes=big, size_bytes_max=size_bytes_max)
+    for subject in {m.subject for m in messages}:
+        check_subject(subject)
+    if max([len(m.id) for m in messages]) > ID_BYTES_MAX // 4:
+        for i, m in enumerate(messages):
+            if len(m.id.encode("utf-8", "replace")) > ID_BYTES_MAX:
+                raise InvalidArgument(f"message {i}: id is longer than {ID_BYTES_MAX} bytes")
+    for i, m in enumerate(messages):
+        if m.headers:
+            check_headers(m.headers, i)
+
+
+def check_headers(headers: Headers, position: int = 0) -> None:
+    size = 0
+    for key, value in headers:
+        if not key or any(c in "\r\n\x00:" for c in key) or any(c in "\r\n\x00" for c in value):
+            raise InvalidArgument(f"message {position}: header {key[:40]!r} holds CR, LF, NUL or a colon in its name")
+        size += len(key) + len(value)
+    if size > HEADERS_BYTES_MAX:
+        raise InvalidArgument(f"message {position}: headers of {size} characters (max {HEADERS_BYTES_MAX})")
+
+
+def header(headers: Headers, name: str, default: str = "") -> str:
+    """The first value of a header, or the default."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return default

@@ -1,0 +1,31 @@
+"""The rules of every checkpoint store: what may be saved, and what may follow what.
+
+Adapters store; these functions decide. A checkpoint never goes back and never crosses incarnations unless forced.
+"""
+
+from __future__ import annotations
+
+from mist.broker.base import Checkpoint
+from mist.errors import CheckpointRegression, InvalidArgument, WrongIncarnation
+from mist.protocol.subject import check_name, check_stream
+
+
+def check_save(checkpoint: Checkpoint) -> None:
+    check_stream(checkpoint.stream)
+    check_name(checkpoint.name)
+    if checkpoint.sequence < 0 or not checkpoint.incarnation:
+        raise InvalidArgument(f"checkpoint {checkpoint.name}: needs a sequence >= 0 and an incarnation")
+
+
+def check_advance(stored: Checkpoint, new: Checkpoint) -> None:
+    """Raise unless `new` may follow `stored`."""
+    if stored.incarnation != new.incarnation:
+        raise WrongIncarnation(
+            f"checkpoint {new.name}: stream {new.stream} was deleted and made again since it was saved",
+            hint="delete the checkpoint, or save with force, to start on the new stream",
+        )
+    if new.sequence < stored.sequence:
+        raise CheckpointRegression(
+            f"checkpoint {new.name} of stream {new.stream} is at {stored.sequence}, {new.sequence} would go back",
+            hint="use force to move it back on purpose",
+        )

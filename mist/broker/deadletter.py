@@ -1,0 +1,53 @@
+"""Dead letters: what a record becomes when its attempts are used up or a worker says never again.
+
+They lie in the stream `<stream>--dead`: data, id and headers of the original, and headers that say where it came from.
+The id is made from stream, incarnation, sequence and consumer, so that writing one twice (a crash between the dead
+letter and the ack) stores it once within the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mist.broker.base import Broker, Headers, Message, Record, header
+from mist.protocol.subject import dead_stream
+
+STREAM = "Mist-Stream"
+SEQUENCE = "Mist-Sequence"
+CONSUMER = "Mist-Consumer"
+ATTEMPTS = "Mist-Attempts"
+REASON = "Mist-Reason"
+ORIGINAL_ID = "Mist-Id"
+OURS = frozenset({STREAM, SEQUENCE, CONSUMER, ATTEMPTS, REASON, ORIGINAL_ID})
+REASON_CHARS_MAX = 2000
+
+
+def dead_letter(record: Record, *, stream: str, incarnation: str, consumer: str, attempts: int, reason: str) -> Message:
+    """The message to append to `<stream>--dead`. Control characters of the reason become spaces."""
+    text = "".join(c if c.isprintable() else " " for c in reason[:REASON_CHARS_MAX])
+    headers: Headers = (
+        *((k, v) for k, v in record.headers if k not in OURS),
+        (STREAM, stream),
+        (SEQUENCE, str(record.sequence)),
+        (CONSUMER, consumer),
+        (ATTEMPTS, str(attempts)),
+        (REASON, text or "no reason given"),
+        (ORIGINAL_ID, record.id),
+    )
+    return Message(record.subject, record.data, f"dead:{incarnation}:{record.sequence}:{consumer}", headers)
+
+
+async def bury(broker: Broker, letters: Sequence[Message], *, stream: str) -> None:
+    """Append dead letters. The caller settles the originals afterwards, never before."""
+    if letters:
+        await (await broker.open(dead_stream(stream))).append(letters)
+
+
+def original(record: Record) -> Message:
+    """The message a dead letter was made from: same subject, data, id and headers."""
+    return Message(
+        record.subject,
+        record.data,
+        header(record.headers, ORIGINAL_ID),
+        tuple((k, v) for k, v in record.headers if k not in OURS),
+    )

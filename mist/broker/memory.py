@@ -1,0 +1,605 @@
+"""`memory:` — the reference broker: the whole contract in one process, nothing on disk.
+
+`memory:` is a new store per connect, `memory:NAME` is shared by every connect in this process, from any thread.
+Durability is `memory` and cannot be asked to be more. State lives behind one lock; nothing awaits while holding it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from mist.broker.base import (
+    ALL,
+    BYTES_MAX,
+    DEFAULTS,
+    RECORD_BYTES_MAX,
+    Broker,
+    Capabilities,
+    Checkpoint,
+    Checkpoints,
+    Consumer,
+    ConsumerConfig,
+    ConsumerInfo,
+    Delivery,
+    Message,
+    Page,
+    Pending,
+    Record,
+    Stream,
+    StreamConfig,
+    StreamInfo,
+    Verification,
+    check_messages,
+)
+from mist.broker.checkpoint import check_advance, check_save
+from mist.broker.clock import SYSTEM, Clock
+from mist.broker.deadletter import bury, dead_letter
+from mist.broker.notify import Notifier
+from mist.errors import (
+    Closed,
+    Conflict,
+    CursorAhead,
+    InvalidArgument,
+    NotFound,
+    SequenceExpired,
+    StorageFull,
+    WrongSequence,
+)
+from mist.protocol.subject import check_name, check_stream, matcher
+from mist.protocol.url import Url
+
+CAPABILITIES = Capabilities(threads=True, verify=True)
+_DEFAULTS = replace(DEFAULTS, durability="memory")
+_SCAN_MAX = 100_000
+
+
+class _Lease(Struct):
+    """One unsettled record. `token` 0 = not handed out: it waits for `due`."""
+
+    attempt: int
+    due: float
+    token: int
+
+
+class _ConsumerState:
+    def __init__(self, config: ConsumerConfig) -> None:
+        self.config = config
+        self.delivered = config.after
+        self.leases: dict[int, _Lease] = {}
+        self.deleted = False
+
+
+class _StreamState:
+    def __init__(self, name: str, config: StreamConfig, created_ns: int) -> None:
+        self.name = name
+        self.config = config
+        self.created_ns = created_ns
+        self.incarnation = secrets.token_hex(8)
+        self.records: list[Record] = []
+        self.first = 1
+        self.last = 0
+        self.bytes = 0
+        self.ids: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self.consumers: dict[str, _ConsumerState] = {}
+        self.changed = Notifier()
+        self.deleted = False
+
+
+class _Store:
+    def __init__(self, clock: Clock) -> None:
+        self.lock = threading.Lock()
+        self.clock = clock
+        self.streams: dict[str, _StreamState] = {}
+        self.checkpoints: dict[tuple[str, str], Checkpoint] = {}
+        self.tokens = 0
+
+
+_shared: dict[str, _Store] = {}
+_shared_lock = threading.Lock()
+
+
+async def connect(url: Url, *, clock: Clock = SYSTEM) -> MemoryBroker:
+    """The adapter's door: `memory:` or `memory:NAME`."""
+    url.refuse_unknown("stream", "subject", "consumer")
+    if not url.target:
+        return MemoryBroker(str(url), _Store(clock))
+    with _shared_lock:
+        store = _shared.setdefault(url.target, _Store(clock))
+    return MemoryBroker(str(url), store)
+
+
+class MemoryBroker(Broker):
+    backend = "memory"
+    capabilities = CAPABILITIES
+
+    def __init__(self, url: str, store: _Store) -> None:
+        self.url = url
+        self._store = store
+        self._checkpoints = MemoryCheckpoints(self, store)
+        self._closed = False
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise Closed("the broker is closed")
+
+    async def open(self, name: str, *, create: bool = True, config: StreamConfig | None = None) -> MemoryStream:
+        self.check_open()
+        check_stream(name)
+        asked = (config or StreamConfig()).validate()
+        if asked.durability not in (None, "memory"):
+            raise InvalidArgument(
+                f"memory: cannot give durability {asked.durability!r}", hint="use log:DIR or a server"
+            )
+        with self._store.lock:
+            state = self._store.streams.get(name)
+            if state is None:
+                if not create:
+                    raise NotFound(f"no stream {name} in {self.url}")
+                state = _StreamState(name, asked.or_defaults(_DEFAULTS), self._store.clock.time_ns())
+                self._store.streams[name] = state
+            else:
+                asked.check_fits(state.config, name)
+        return MemoryStream(self, state)
+
+    async def streams(self) -> list[str]:
+        self.check_open()
+        with self._store.lock:
+            return sorted(self._store.streams)
+
+    async def delete(self, name: str) -> None:
+        self.check_open()
+        with self._store.lock:
+            state = self._store.streams.pop(name, None)
+            if state is None:
+                raise NotFound(f"no stream {name} in {self.url}")
+            state.deleted = True
+            for key in [k for k in self._store.checkpoints if k[0] == name]:
+                del self._store.checkpoints[key]
+        state.changed.notify()
+
+    async def ping(self) -> float:
+        self.check_open()
+        return 0.0
+
+    @property
+    def checkpoints(self) -> MemoryCheckpoints:
+        return self._checkpoints
+
+    async def aclose(self) -> None:
+        self._closed = True
+        with self._store.lock:
+            states = list(self._store.streams.values())
+        for state in states:
+            state.changed.notify()
+
+
+class MemoryStream(Stream):
+    size_bytes_max = RECORD_BYTES_MAX
+
+    def __init__(self, broker: MemoryBroker, state: _StreamState) -> None:
+        self._broker = broker
+        self._store = broker._store
+        self._state = state
+        self.name = state.name
+        self.incarnation = state.incarnation
+
+    def _check(self) -> None:
+        self._broker.check_open()
+        if self._state.deleted:
+            raise NotFound(f"stream {self.name} was deleted")
+
+    async def append(self, messages: Sequence[Message], *, expected_last: int | None = None) -> list[int]:
+        self._check()
+        if not messages:
+            return []
+        check_messages(messages, self.size_bytes_max)
+        state = self._state
+        with self._store.lock:
+            self._check()
+            now = max(self._store.clock.time_ns(), state.records[-1].timestamp_ns if state.records else 0)
+            self._expire_ids(now)
+            out: list[int] = []
+            fresh: dict[str, int] = {}
+            new: list[Record] = []
+            for m in messages:
+                known = fresh.get(m.id) or state.ids.get(m.id, (0, 0))[0] if m.id else 0
+                if known:
+                    out.append(known)
+                    continue
+                sequence = state.last + len(new) + 1
+                new.append(Record(sequence, m.subject, m.data, now, m.id, m.headers))
+                out.append(sequence)
+                if m.id:
+                    fresh[m.id] = sequence
+            if new and expected_last is not None and expected_last != state.last:
+                raise WrongSequence(expected=expected_last, last=state.last, stream=self.name)
+            self._make_room(new)
+            state.records.extend(new)
+            state.last += len(new)
+            state.bytes += sum(_size(r) for r in new)
+            for id, sequence in fresh.items():
+                state.ids[id] = (sequence, now)
+            self._expire_ids(now)
+            self._retain(now)
+        if new:
+            state.changed.notify()
+        return out
+
+    def _expire_ids(self, now: int) -> None:
+        config, ids = self._state.config, self._state.ids
+        oldest = now - int((config.dedupe_window_s or 0) * 1e9)
+        while ids:
+            key = next(iter(ids))
+            if len(ids) <= (config.dedupe_ids_max or 0) and ids[key][1] >= oldest:
+                break
+            del ids[key]
+
+    def _make_room(self, new: list[Record]) -> None:
+        state, config = self._state, self._state.config
+        if config.full != "refuse" or not new:
+            return
+        over = config.bytes_max and state.bytes + sum(_size(r) for r in new) > config.bytes_max
+        if over or (config.records_max and len(state.records) + len(new) > config.records_max):
+            raise StorageFull(
+                f"stream {self.name} is full", hint="trim it, or let it drop the oldest (full=drop_oldest)"
+            )
+
+    def _retain(self, now: int) -> None:
+        state, config = self._state, self._state.config
+        drop = 0
+        total = len(state.records)
+        if config.records_max:
+            drop = max(drop, total - config.records_max)
+        if config.bytes_max:
+            kept = state.bytes - sum(_size(r) for r in state.records[:drop])
+            while kept > config.bytes_max and drop < total:
+                kept -= _size(state.records[drop])
+                drop += 1
+        if config.age_s_max:
+            oldest = now - int(config.age_s_max * 1e9)
+            while drop < total and state.records[drop].timestamp_ns < oldest:
+                drop += 1
+        if drop:
+            self._drop(drop)
+
+    def _drop(self, count: int) -> None:
+        state = self._state
+        state.bytes -= sum(_size(r) for r in state.records[:count])
+        state.first = state.records[count].sequence if count < len(state.records) else state.last + 1
+        del state.records[:count]
+
+    async def read(
+        self,
+        *,
+        after: int = 0,
+        subjects: Sequence[str] = ALL,
+        limit: int = 256,
+        bytes_max: int = BYTES_MAX,
+        wait_s: float = 0.0,
+    ) -> Page:
+        match = matcher(subjects)
+        if limit < 1 or bytes_max < 1 or after < 0:
+            raise InvalidArgument(f"read: limit={limit}, bytes_max={bytes_max}, after={after} cannot be right")
+        clock = self._store.clock
+        until = clock.monotonic() + wait_s
+        while True:
+            generation = self._state.changed.generation
+            with self._store.lock:
+                self._check()
+                self._retain(clock.time_ns())
+                page = self._page(after, match, limit, bytes_max)
+            if page.records or wait_s <= 0:
+                return page
+            if page.scanned > after:
+                after = page.scanned  # nothing here matched; what was passed over needs no second look
+            left = until - clock.monotonic()
+            if page.scanned < page.last:
+                continue
+            if left <= 0:
+                return page
+            await self._state.changed.wait(generation, left)
+
+    def _page(self, after: int, match: object, limit: int, bytes_max: int) -> Page:
+        state = self._state
+        if after > state.last:
+            raise CursorAhead(after=after, last=state.last, stream=self.name)
+        if after + 1 < state.first:
+            raise SequenceExpired(after=after, first=state.first, stream=self.name)
+        out: list[Record] = []
+        size = 0
+        scanned = after
+        at = after + 1 - state.first
+        for record in state.records[at : at + _SCAN_MAX]:
+            if match is None or match(record.subject):  # type: ignore[operator]
+                size += len(record.data)
+                if out and size > bytes_max:
+                    break
+                out.append(record)
+            scanned = record.sequence
+            if len(out) >= limit:
+                break
+        return Page(out, scanned, state.last)
+
+    async def info(self) -> StreamInfo:
+        with self._store.lock:
+            self._check()
+            self._retain(self._store.clock.time_ns())
+            s = self._state
+            return StreamInfo(
+                name=s.name, incarnation=s.incarnation, first=s.first, last=s.last, records=len(s.records),
+                bytes=s.bytes, durability="memory", capabilities=CAPABILITIES, config=s.config,
+                created_ns=s.created_ns, size_bytes_max=self.size_bytes_max,
+            )  # fmt: skip
+
+    async def locate(self, time_ns: int) -> int:
+        with self._store.lock:
+            self._check()
+            records = self._state.records
+            at = bisect_left(records, time_ns, key=lambda r: r.timestamp_ns)
+            return records[at].sequence if at < len(records) else self._state.last + 1
+
+    async def trim(self, *, before: int) -> int:
+        with self._store.lock:
+            self._check()
+            state = self._state
+            if before > state.last + 1:
+                raise CursorAhead(after=before - 1, last=state.last, stream=self.name)
+            count = max(0, before - state.first)
+            if count:
+                self._drop(count)
+            return count
+
+    async def verify(self) -> Verification:
+        with self._store.lock:
+            self._check()
+            s = self._state
+            return Verification(records=len(s.records), bytes=s.bytes, first=s.first, last=s.last, damage=[])
+
+    async def consumer(self, name: str, config: ConsumerConfig | None = None, *, create: bool = True) -> MemoryConsumer:
+        check_name(name)
+        if config is not None:
+            config.validate()
+        with self._store.lock:
+            self._check()
+            found = self._state.consumers.get(name)
+            if found is None:
+                if not create:
+                    raise NotFound(f"stream {self.name} has no consumer {name}")
+                found = _ConsumerState(config or ConsumerConfig())
+                if found.config.after > self._state.last:
+                    raise CursorAhead(after=found.config.after, last=self._state.last, stream=self.name)
+                self._state.consumers[name] = found
+            elif config is not None and config != found.config:
+                raise Conflict(f"consumer {name} of stream {self.name} exists with another configuration")
+        return MemoryConsumer(self, name, found)
+
+    async def consumers(self) -> list[str]:
+        with self._store.lock:
+            self._check()
+            return sorted(self._state.consumers)
+
+
+class MemoryConsumer(Consumer):
+    def __init__(self, stream: MemoryStream, name: str, state: _ConsumerState) -> None:
+        self.name = name
+        self.stream = stream.name
+        self.config = state.config
+        self._stream = stream
+        self._store = stream._store
+        self._state = state
+
+    def _check(self) -> None:
+        self._stream._check()
+        if self._state.deleted:
+            raise NotFound(f"consumer {self.name} of stream {self.stream} was deleted")
+
+    async def fetch(self, *, limit: int = 256, bytes_max: int = BYTES_MAX, wait_s: float = 0.0) -> list[Delivery]:
+        if limit < 1 or bytes_max < 1:
+            raise InvalidArgument(f"fetch: limit={limit}, bytes_max={bytes_max} cannot be right")
+        clock = self._store.clock
+        until = clock.monotonic() + wait_s
+        changed = self._stream._state.changed
+        while True:
+            generation = changed.generation
+            with self._store.lock:
+                self._check()
+                out, exhausted, due = self._take(limit, bytes_max)
+            if exhausted:
+                await self._bury(exhausted, "attempts used up")
+                continue
+            left = until - clock.monotonic()
+            if out or left <= 0:
+                return out
+            await changed.wait(generation, min(left, max(due - clock.monotonic(), 0.0)) if due else left)
+
+    def _take(self, limit: int, bytes_max: int) -> tuple[list[Delivery], list[Delivery], float]:
+        """Deliveries, records out of attempts (leased to us until they are buried), and when the next lease is due."""
+        state, stream, config = self._state, self._stream._state, self.config
+        now = self._store.clock.monotonic()
+        out: list[Delivery] = []
+        exhausted: list[Delivery] = []
+        next_due = 0.0
+        size = 0
+        for sequence in sorted(state.leases):
+            lease = state.leases[sequence]
+            if sequence < stream.first:
+                del state.leases[sequence]  # trimmed away under us
+                continue
+            if lease.due > now:
+                next_due = min(next_due or lease.due, lease.due)
+                continue
+            record = stream.records[sequence - stream.first]
+            if config.attempts_max and lease.attempt >= config.attempts_max:
+                lease.token, lease.due = self._token(), now + config.ack_wait_s
+                exhausted.append(Delivery(record, lease.attempt, f"{sequence}.{lease.token}"))
+                continue
+            if len(out) >= limit or (out and size + len(record.data) > bytes_max):
+                break
+            size += len(record.data)
+            out.append(self._lease(record, lease.attempt + 1, now))
+        after = max(state.delivered, stream.first - 1)
+        match = matcher(config.subjects)
+        room = config.pending_max - len(state.leases)
+        for record in stream.records[after + 1 - stream.first :]:
+            if match is None or match(record.subject):
+                if len(out) >= limit or room <= 0 or (out and size + len(record.data) > bytes_max):
+                    break
+                size += len(record.data)
+                room -= 1
+                out.append(self._lease(record, 1, now))
+            state.delivered = record.sequence
+        return out, exhausted, next_due
+
+    def _token(self) -> int:
+        self._store.tokens += 1
+        return self._store.tokens
+
+    def _lease(self, record: Record, attempt: int, now: float) -> Delivery:
+        token = self._token()
+        self._state.leases[record.sequence] = _Lease(attempt, now + self.config.ack_wait_s, token)
+        return Delivery(record, attempt, f"{record.sequence}.{token}")
+
+    def _ours(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        leases = self._state.leases
+        out = []
+        for d in deliveries:
+            lease = leases.get(d.record.sequence)
+            if lease is not None and lease.token and d.token == f"{d.record.sequence}.{lease.token}":
+                out.append(d)
+        return out
+
+    async def ack(self, deliveries: Sequence[Delivery]) -> int:
+        with self._store.lock:
+            self._check()
+            ours = self._ours(deliveries)
+            for d in ours:
+                self._state.leases.pop(d.record.sequence, None)
+        if ours:
+            self._stream._state.changed.notify()  # pending_max may have room again
+        return len(ours)
+
+    async def nak(self, deliveries: Sequence[Delivery], *, delay_s: float = 0.0) -> int:
+        with self._store.lock:
+            self._check()
+            ours = self._ours(deliveries)
+            most = self.config.attempts_max
+            exhausted = [d for d in ours if most and d.attempt >= most]
+            due = self._store.clock.monotonic() + delay_s
+            for d in ours:
+                if not (most and d.attempt >= most):
+                    lease = self._state.leases[d.record.sequence]
+                    lease.token, lease.due = 0, due
+        if exhausted:
+            await self._bury(exhausted, "attempts used up")
+        if ours:
+            self._stream._state.changed.notify()
+        return len(ours)
+
+    async def term(self, deliveries: Sequence[Delivery], *, reason: str = "") -> int:
+        with self._store.lock:
+            self._check()
+            ours = self._ours(deliveries)
+        await self._bury(ours, reason)
+        return len(ours)
+
+    async def _bury(self, deliveries: Sequence[Delivery], reason: str) -> None:
+        letters = [
+            dead_letter(
+                d.record, stream=self.stream, incarnation=self._stream.incarnation, consumer=self.name,
+                attempts=d.attempt, reason=reason,
+            )
+            for d in deliveries
+        ]  # fmt: skip
+        await bury(self._stream._broker, letters, stream=self.stream)
+        await self.ack(deliveries)
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> int:
+        with self._store.lock:
+            self._check()
+            ours = self._ours(deliveries)
+            due = self._store.clock.monotonic() + self.config.ack_wait_s
+            for d in ours:
+                self._state.leases[d.record.sequence].due = due
+        return len(ours)
+
+    async def info(self) -> ConsumerInfo:
+        with self._store.lock:
+            self._check()
+            state, stream = self._state, self._stream._state
+            leases = {s: v for s, v in state.leases.items() if s >= stream.first}
+            delivered = max(state.delivered, stream.first - 1)
+            unread = stream.records[delivered + 1 - stream.first :]
+            now = self._store.clock.time_ns()
+            return ConsumerInfo(
+                name=self.name, stream=self.stream, floor=min(leases) - 1 if leases else delivered,
+                delivered=delivered, pending=len(leases), redelivered=sum(v.attempt > 1 for v in leases.values()),
+                lag=len(unread) + len(leases), lag_s=max(0.0, (now - unread[0].timestamp_ns) / 1e9) if unread else 0.0,
+                config=self.config,
+            )  # fmt: skip
+
+    async def pending(self, *, limit: int = 1000) -> list[Pending]:
+        with self._store.lock:
+            self._check()
+            now = self._store.clock.monotonic()
+            return [Pending(s, v.attempt, v.due - now) for s, v in sorted(self._state.leases.items())[:limit]]
+
+    async def seek(self, after: int) -> None:
+        with self._store.lock:
+            self._check()
+            if after < 0 or after > self._stream._state.last:
+                raise CursorAhead(after=after, last=self._stream._state.last, stream=self.stream)
+            self._state.leases.clear()
+            self._state.delivered = after
+        self._stream._state.changed.notify()
+
+    async def delete(self) -> None:
+        with self._store.lock:
+            self._stream._check()
+            self._state.deleted = True
+            if self._stream._state.consumers.get(self.name) is self._state:
+                del self._stream._state.consumers[self.name]
+        self._stream._state.changed.notify()
+
+
+class MemoryCheckpoints(Checkpoints):
+    def __init__(self, broker: MemoryBroker, store: _Store) -> None:
+        self._broker = broker
+        self._store = store
+
+    async def save(self, checkpoint: Checkpoint, *, force: bool = False) -> Checkpoint:
+        self._broker.check_open()
+        check_save(checkpoint)
+        with self._store.lock:
+            key = (checkpoint.stream, checkpoint.name)
+            stored = self._store.checkpoints.get(key)
+            if stored is not None and not force:
+                check_advance(stored, checkpoint)
+            saved = replace(checkpoint, time_ns=self._store.clock.time_ns())
+            self._store.checkpoints[key] = saved
+            return saved
+
+    async def load(self, stream: str, name: str) -> Checkpoint | None:
+        self._broker.check_open()
+        with self._store.lock:
+            return self._store.checkpoints.get((stream, name))
+
+    async def delete(self, stream: str, name: str) -> bool:
+        self._broker.check_open()
+        with self._store.lock:
+            return self._store.checkpoints.pop((stream, name), None) is not None
+
+    async def list(self, stream: str = "") -> list[Checkpoint]:
+        self._broker.check_open()
+        with self._store.lock:
+            return [v for k, v in sorted(self._store.checkpoints.items()) if not stream or k[0] == stream]
+
+
+def _size(record: Record) -> int:
+    return len(record.data)

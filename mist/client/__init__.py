@@ -1,0 +1,1 @@
+"""The pleasant layer, in envelopes: publish, replay, subscribe, workers."""

@@ -1,0 +1,1 @@
+"""`log:` the embedded durable broker."""

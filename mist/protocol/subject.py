@@ -1,0 +1,177 @@
+"""Names: stream names, subjects, subject filters, and the one encoder for text that comes from outside.
+
+Promises: `encode_token` is injective and reversible (`decode_token`), and its output never contains
+`. * > $ / \\` or white space, never starts or ends with `-` and never contains `--` (the separator of tenants and dead
+letters). Matching follows NATS: tokens are separated by `.`, `*` is one token, `>` at the end is one or more.
+Does not: normalise case or Unicode; two different inputs stay two different tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+from mist.errors import InvalidArgument
+
+SUBJECT_CHARS_MAX = 255
+STREAM_CHARS_MAX = 128
+DEAD = "dead"
+
+_STREAM = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9_=-]*", re.ASCII)
+_TOKEN_BAD = re.compile(r"[\s.*>\x00-\x1f\x7f]")
+_PLAIN = re.compile(r"[A-Za-z0-9_]+(?:-[A-Za-z0-9_]+)*", re.ASCII)
+_ENCODED = re.compile(r"=(?:[0-9A-F]{2})?")
+
+
+def encode_token(text: str) -> str:
+    """Any text as one subject token or stream-name part. `decode_token` gives it back.
+
+    Letters, digits and `_` stay, a `-` between two of them stays, every other UTF-8 byte becomes `=XX`; the empty
+    text is `=`. Raises InvalidArgument for text that has no UTF-8 form (lone surrogates).
+    """
+    if _PLAIN.fullmatch(text):
+        return text
+    if not text:
+        return "="
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidArgument("a name holds a lone surrogate, it has no UTF-8 form") from exc
+    out: list[str] = []
+    for i, byte in enumerate(raw):
+        char = chr(byte)
+        plain = byte < 128 and (char.isalnum() or char == "_")
+        if not plain and char == "-" and 0 < i < len(raw) - 1:
+            before, after = chr(raw[i - 1]), chr(raw[i + 1])
+            plain = (
+                raw[i - 1] < 128
+                and raw[i + 1] < 128
+                and (before.isalnum() or before == "_")
+                and (after.isalnum() or after == "_")
+            )
+        out.append(char if plain else f"={byte:02X}")
+    return "".join(out)
+
+
+def decode_token(token: str) -> str:
+    """The text `encode_token` made this token from. Raises InvalidArgument for anything it never produces."""
+    if token == "=":
+        return ""
+    try:
+        raw = bytearray()
+        i = 0
+        data = token.encode("ascii")
+        while i < len(data):
+            if data[i] == 0x3D:
+                raw.append(int(data[i + 1 : i + 3].decode(), 16))
+                i += 3
+            else:
+                raw.append(data[i])
+                i += 1
+        text = raw.decode()
+    except (ValueError, IndexError) as exc:
+        raise InvalidArgument(f"not an encoded token: {token!r}") from exc
+    if encode_token(text) != token:
+        raise InvalidArgument(f"not an encoded token: {token!r}")
+    return text
+
+
+def check_stream(name: str) -> str:
+    """The name, if it may name a stream: `[A-Za-z0-9_=-]`, not starting with `-`, at most 128 characters."""
+    if len(name) > STREAM_CHARS_MAX or not _STREAM.fullmatch(name):
+        raise InvalidArgument(
+            f"not a stream name: {name[:80]!r}",
+            hint=f"letters, digits, _ and -, at most {STREAM_CHARS_MAX} characters",
+        )
+    return name
+
+
+check_name = check_stream  # consumers, cursors and checkpoints follow the same grammar
+
+
+def tenant_stream(stream: str, tenant: str) -> str:
+    """`<stream>--<tenant token>`. No tenant can name another's stream or a dead-letter stream."""
+    check_stream(stream)
+    if not tenant:
+        return stream
+    token = encode_token(tenant)
+    if token == DEAD:
+        token = "=64ead"  # a tenant called "dead" must not own the dead letters
+    return check_stream(f"{stream}--{token}")
+
+
+def dead_stream(stream: str) -> str:
+    """The stream that holds the dead letters of `stream`."""
+    return check_stream(f"{stream}--{DEAD}")
+
+
+def check_subject(subject: str) -> str:
+    """The subject, if records may carry it: dot-separated non-empty tokens, no wildcards, white space or controls."""
+    if _subject_ok(subject):
+        return subject
+    raise InvalidArgument(
+        f"not a subject: {subject[:80]!r}",
+        hint=f"tokens separated by dots, no spaces or wildcards, at most {SUBJECT_CHARS_MAX} bytes",
+    )
+
+
+@lru_cache(maxsize=4096)
+def _subject_ok(subject: str) -> bool:
+    try:
+        size = len(subject.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < size <= SUBJECT_CHARS_MAX and all(t and not _TOKEN_BAD.search(t) for t in subject.split("."))
+
+
+def check_filter(pattern: str) -> str:
+    """The pattern, if it is a subject filter: like a subject, with `*` tokens and a last `>` allowed."""
+    tokens = pattern.split(".")
+    ok = bool(pattern) and len(pattern) <= SUBJECT_CHARS_MAX
+    for i, token in enumerate(tokens):
+        if token == "*" or (token == ">" and i == len(tokens) - 1):
+            continue
+        ok = ok and bool(token) and not _TOKEN_BAD.search(token)
+    if not ok:
+        raise InvalidArgument(
+            f"not a subject filter: {pattern[:80]!r}", hint="`*` stands for one token, `>` at the end for the rest"
+        )
+    return pattern
+
+
+def subject_for(type: str, *qualifiers: str) -> str:
+    """The subject of an envelope: its type, then encoded qualifiers: `eval.result` + run -> `eval.result.<run>`."""
+    tokens = [encode_token(t) for t in type.split(".")]
+    tokens.extend(encode_token(q) for q in qualifiers if q)
+    return check_subject(".".join(tokens))
+
+
+def _regex(pattern: str) -> str:
+    wild = {"*": r"[^.]+", ">": r".+"}
+    return r"\.".join(wild.get(t) or re.escape(t) for t in check_filter(pattern).split("."))
+
+
+@lru_cache(maxsize=1024)
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool] | None:
+    if not patterns:
+        raise InvalidArgument("no subject filter given", hint='use (">",) for everything')
+    if ">" in patterns:
+        return None
+    exact = frozenset(p for p in patterns if not ({"*", ">"} & set(check_filter(p).split("."))))
+    wild = [p for p in patterns if p not in exact]
+    if not wild:
+        return exact.__contains__
+    full = re.compile("|".join(f"(?:{_regex(p)})" for p in wild), re.DOTALL).fullmatch
+    return lru_cache(maxsize=4096)(lambda s: s in exact or full(s) is not None)
+
+
+def matcher(patterns: Sequence[str]) -> Callable[[str], bool] | None:
+    """A predicate over subjects for these filters, or None when every subject matches."""
+    return _matcher(tuple(patterns))
+
+
+def matching(patterns: Sequence[str], subjects: Iterable[str]) -> list[str]:
+    """The subjects that match at least one pattern, in order."""
+    match = matcher(patterns)
+    return [s for s in subjects if match is None or match(s)]

@@ -1,0 +1,1 @@
+"""Shipped test helpers: conformance suites, fake clock, fault injection. Nothing in mist imports this."""

@@ -1,0 +1,1 @@
+"""The tools: strangers to one another, composed only by the command line."""

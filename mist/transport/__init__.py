@@ -1,0 +1,1 @@
+"""The seed's three verbs (send, receive, close) for every URL."""
