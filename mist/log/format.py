@@ -1,0 +1,283 @@
+"""The bytes of the log, as pure functions. docs/reference/log-format.md is the specification; golden bytes are in tests.
+
+All integers little-endian. Checksums are CRC-32C, seeded with the CRC-32C of the stream's incarnation, so that a block
+of another stream, or one that lies inside a payload, never passes for a block of this one.
+
+segment  header of 4096 bytes, then blocks one behind the other, then zeros
+block    44-byte header, meta (msgpack: subjects, subject of each record, ids, headers), data (msgpack list of payloads)
+tail     one page: what is published, and the durable mark
+index    slot k (24 bytes): the first block that starts in the k-th 64 KiB of the segment; a cache
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import msgspec
+from google_crc32c import extend as crc32c_extend
+from google_crc32c import value as crc32c
+from msgspec import Struct
+
+from mist.broker.base import Headers, Record, StreamConfig
+
+VERSION = 1
+SEGMENT_HEADER = 4096
+_COPY = SEGMENT_HEADER // 2
+SEGMENT_MAGIC = b"MISTSEG1"
+BLOCK_MAGIC = b"MBLK"
+TAIL_MAGIC = b"MISTTAIL"
+INDEX_EVERY = 64 * 1024
+
+_BLOCK = struct.Struct("<4sIBBHIIIIQQ")
+BLOCK_HEADER = _BLOCK.size
+_AFTER_CRC = struct.Struct("<BBHIIIIQQ")
+_SEGMENT = struct.Struct("<8sIIQQI")  # magic, crc, body length, base sequence, created ns, chain
+_INDEX = struct.Struct("<QQQ")
+INDEX_ENTRY = _INDEX.size
+_TAIL = struct.Struct("<8sIIQ16sQQQQQQQQQQQQQI")
+TAIL_BYTES = _TAIL.size
+
+BLOCK_RECORDS_MAX = 65_535
+BLOCK_DATA_MAX = 16 * 1024 * 1024
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_payloads = msgspec.msgpack.Decoder(list[bytes]).decode
+_Meta = tuple[list[str], bytes, list[str] | None, list[list[tuple[str, str]]] | None]
+_decode_meta = msgspec.msgpack.Decoder(_Meta).decode
+
+
+class BadBytes(ValueError):
+    """Bytes that are not what they should be; the message says how."""
+
+
+class SegmentHeader(Struct, frozen=True, kw_only=True):
+    """What makes a segment readable alone: a lost tail or state file orphans nothing."""
+
+    stream: str
+    incarnation: str
+    base: int
+    created_ns: int
+    chain: int
+    """CRC of the block before this segment's first one; 0 for the first segment."""
+    stream_created_ns: int
+    config: StreamConfig
+
+
+class _SegmentBody(Struct, frozen=True):
+    version: int
+    stream: str
+    incarnation: str
+    stream_created_ns: int
+    config: StreamConfig
+
+
+def seed_of(incarnation: str) -> int:
+    """The seed of every block checksum of a stream."""
+    return int(crc32c(incarnation.encode()))
+
+
+def encode_segment_header(h: SegmentHeader) -> bytes:
+    """4096 bytes: the header twice, so that one flipped bit does not make a segment unreadable."""
+    body = msgspec.json.encode(_SegmentBody(VERSION, h.stream, h.incarnation, h.stream_created_ns, h.config))
+    rest = _SEGMENT.pack(SEGMENT_MAGIC, 0, len(body), h.base, h.created_ns, h.chain)[12:] + body
+    rest = rest.ljust(_COPY - 12, b"\0")
+    if len(rest) != _COPY - 12:
+        raise BadBytes("segment header does not fit its half page")
+    return (SEGMENT_MAGIC + struct.pack("<I", crc32c(rest)) + rest) * 2
+
+
+def decode_segment_header(data: bytes, *, strict: bool = False) -> SegmentHeader:
+    """The header, from the second copy when the first is bad; `strict` wants both. Raises BadBytes."""
+    try:
+        found = _segment_header(data[:_COPY])
+    except BadBytes:
+        if strict:
+            raise
+        return _segment_header(data[_COPY:SEGMENT_HEADER])
+    if strict:
+        _segment_header(data[_COPY:SEGMENT_HEADER])
+    return found
+
+
+def _segment_header(data: bytes) -> SegmentHeader:
+    if len(data) < _COPY:
+        raise BadBytes("segment header is cut short")
+    magic, crc, size, base, created_ns, chain = _SEGMENT.unpack_from(data)
+    if magic != SEGMENT_MAGIC:
+        raise BadBytes("not a segment of this format")
+    if crc32c(data[12:]) != crc:
+        raise BadBytes("segment header has a wrong checksum")
+    body = msgspec.json.decode(data[_SEGMENT.size : _SEGMENT.size + size], type=_SegmentBody)
+    if body.version != VERSION:
+        raise BadBytes(f"segment format version {body.version}, this build reads {VERSION}")
+    return SegmentHeader(
+        stream=body.stream, incarnation=body.incarnation, base=base, created_ns=created_ns, chain=chain,
+        stream_created_ns=body.stream_created_ns, config=body.config,
+    )  # fmt: skip
+
+
+class BlockHeader(NamedTuple):
+    """`size` is the whole block with its header; `last` the sequence of its last record."""
+
+    crc: int
+    records: int
+    meta_len: int
+    data_len: int
+    chain: int
+    base: int
+    time_ns: int
+    size: int
+    last: int
+
+
+class Columns(NamedTuple):
+    """A batch by column, all of one length. `ids` or `headers` is None when every one is empty."""
+
+    subjects: list[str]
+    datas: list[bytes]
+    ids: list[str] | None
+    headers: list[Headers] | None
+
+
+def encode_block(columns: Columns, *, base: int, time_ns: int, chain: int, seed: int) -> tuple[list[bytes], int]:
+    """The parts of a block, to be written one behind the other, and its CRC (the chain of the next one)."""
+    subjects = columns.subjects
+    count = len(subjects)
+    distinct = list(dict.fromkeys(subjects))
+    if len(distinct) == 1:
+        index = b""
+    else:
+        numbers = {s: i for i, s in enumerate(distinct)}
+        if len(distinct) <= 256:
+            index = bytes([numbers[s] for s in subjects])
+        else:
+            index = array("H", [numbers[s] for s in subjects]).tobytes()
+    meta = _encode((distinct, index, columns.ids, columns.headers))
+    data = _encode(columns.datas)
+    rest = _AFTER_CRC.pack(VERSION, 0, 0, count, len(meta), len(data), chain, base, time_ns)
+    crc = crc32c_extend(crc32c_extend(seed, rest + meta), data)
+    return [BLOCK_MAGIC + crc.to_bytes(4, "little") + rest + meta, data], crc
+
+
+def block_header(data: bytes, at: int = 0) -> BlockHeader | None:
+    """The header of the block at `at`, unchecked but for its shape; None when no block starts there."""
+    if len(data) - at < BLOCK_HEADER:
+        return None
+    magic, crc, version, flags, zero, count, meta_len, data_len, chain, base, time_ns = _BLOCK.unpack_from(data, at)
+    if magic != BLOCK_MAGIC or version != VERSION or flags or zero or not count or not base:
+        return None
+    return BlockHeader(
+        crc, count, meta_len, data_len, chain, base, time_ns, BLOCK_HEADER + meta_len + data_len, base + count - 1
+    )
+
+
+def block_ok(block: bytes, header: BlockHeader, seed: int) -> bool:
+    """Whether the checksum of a whole block holds. `block` starts at its magic and may be longer."""
+    return len(block) >= header.size and crc32c_extend(seed, block[8 : header.size]) == header.crc
+
+
+class Meta(NamedTuple):
+    subjects: list[str]
+    which: bytes
+    ids: list[str] | None
+    headers: list[list[tuple[str, str]]] | None
+
+    def numbers(self, count: int) -> Any:
+        """The subject number of each record; None when there is one subject for all."""
+        if not self.which:
+            return None
+        return self.which if len(self.subjects) <= 256 else memoryview(self.which).cast("H")
+
+
+def decode_meta(block: bytes, header: BlockHeader) -> Meta:
+    """The meta part of a block; `block` may end behind it. Raises BadBytes."""
+    try:
+        return Meta(*_decode_meta(memoryview(block)[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]))
+    except msgspec.DecodeError as exc:
+        raise BadBytes(f"block meta cannot be read: {exc}") from exc
+
+
+def decode_records(block: bytes, header: BlockHeader, meta: Meta) -> list[Record]:
+    """All records of a block whose checksum holds."""
+    start = BLOCK_HEADER + header.meta_len
+    try:
+        datas = _decode_payloads(memoryview(block)[start : start + header.data_len])
+    except msgspec.DecodeError as exc:
+        raise BadBytes(f"block data cannot be read: {exc}") from exc
+    base, time_ns = header.base, header.time_ns
+    if header.records == 1:
+        heads: Headers = tuple(meta.headers[0]) if meta.headers else ()
+        return [Record(base, meta.subjects[0], datas[0], time_ns, meta.ids[0] if meta.ids else "", heads)]
+    numbers = meta.numbers(header.records)
+    subjects = repeat(meta.subjects[0]) if numbers is None else map(meta.subjects.__getitem__, numbers)
+    sequences = range(base, base + header.records)
+    if meta.headers is None:
+        if meta.ids is None:
+            return list(map(Record, sequences, subjects, datas, repeat(time_ns)))
+        return list(map(Record, sequences, subjects, datas, repeat(time_ns), meta.ids))
+    ids = meta.ids or repeat("")
+    return list(map(Record, sequences, subjects, datas, repeat(time_ns), ids, map(tuple, meta.headers)))
+
+
+class Tail(Struct, frozen=True, kw_only=True):
+    """What is published. `generation` counts publications, `durable` is the last sequence a reader may see."""
+
+    generation: int
+    boot: bytes
+    device: int
+    inode: int
+    durable: int
+    segment: int
+    """Base sequence of the segment being written."""
+    end: int
+    """Offset behind its last block."""
+    chain: int
+    time_ns: int
+    first: int
+    first_segment: int
+    first_offset: int
+    bytes: int
+    deleted: int = 0
+    first_time_ns: int = 0
+
+
+def encode_tail(t: Tail) -> bytes:
+    """The published page. Written by one pwrite; the checksum makes a torn or mixed read recognisable."""
+    body = _TAIL.pack(
+        TAIL_MAGIC, VERSION, 0, t.generation, t.boot, t.device, t.inode, t.durable, t.segment, t.end, t.chain, t.time_ns,
+        t.first, t.first_segment, t.first_offset, t.bytes, t.deleted, t.first_time_ns, 0,
+    )[:-4]  # fmt: skip
+    return body + struct.pack("<I", crc32c(body))
+
+
+def decode_tail(data: bytes) -> Tail | None:
+    """None when these bytes are not a whole page of this format."""
+    if len(data) < TAIL_BYTES:
+        return None
+    f = _TAIL.unpack_from(data)
+    if f[0] != TAIL_MAGIC or f[1] != VERSION or crc32c(data[: TAIL_BYTES - 4]) != f[18]:
+        return None
+    return Tail(
+        generation=f[3], boot=f[4], device=f[5], inode=f[6], durable=f[7], segment=f[8], end=f[9], chain=f[10],
+        time_ns=f[11], first=f[12], first_segment=f[13], first_offset=f[14], bytes=f[15], deleted=f[16],
+        first_time_ns=f[17],
+    )  # fmt: skip
+
+
+def encode_index_entry(base: int, time_ns: int, offset: int) -> bytes:
+    return _INDEX.pack(base, time_ns, offset)
+
+
+def decode_index(data: bytes) -> list[tuple[int, int, int]]:
+    """The filled slots, in order: (sequence, time, offset). An entry is a hint: the block there must agree."""
+    whole = len(data) - len(data) % INDEX_ENTRY
+    out = []
+    last = 0
+    for sequence, time_ns, offset in _INDEX.iter_unpack(data[:whole]):
+        if sequence > last and offset >= SEGMENT_HEADER:
+            out.append((sequence, time_ns, offset))
+            last = sequence
+    return out

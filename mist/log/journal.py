@@ -1,0 +1,738 @@
+"""The one writer's view of a stream directory: lock, recovery, commit, roll, trim, retention. Synchronous.
+
+What makes it sound (log-format.md has the whole order):
+- Everything that changes a file happens under an exclusive lock on `lock`, taken per commit, by any process.
+- Before the first byte, the word in `lock` says which generation is being made (`dirty`). The commit is published by one
+  pwrite of the tail page. A dirty word above the page's generation means that the holder died: whole blocks behind
+  the published end are adopted, the rest is cut and kept aside.
+- Another boot, or a directory that was copied: nothing in the page is trusted; the end is found from the segments.
+- A failed sync poisons the segment: it is never synced or written again, the next write opens a new one.
+Sequences are given out only here, one after the other; at most one block is ever unsynced.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+from msgspec.structs import replace
+
+from mist.broker.base import DEFAULTS, Damage, StreamConfig, Verification
+from mist.broker.clock import Clock
+from mist.errors import Ambiguous, CursorAhead, DataLoss, Locked, MistError, NotFound, StorageFull, Unavailable
+from mist.log.files import Files, write_all
+from mist.log.format import (
+    BLOCK_DATA_MAX,
+    INDEX_ENTRY,
+    INDEX_EVERY,
+    SEGMENT_HEADER,
+    TAIL_BYTES,
+    BadBytes,
+    Columns,
+    SegmentHeader,
+    Tail,
+    block_header,
+    decode_segment_header,
+    decode_tail,
+    encode_block,
+    encode_index_entry,
+    encode_segment_header,
+    encode_tail,
+    seed_of,
+)
+from mist.log.segments import INDEX, Block, Gap, Segments, segment_name
+
+_LOCK_WORDS = struct.Struct("<QQQ")  # generation being made, poisoned segment's base, pid of the last holder
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+LOG_DEFAULTS = replace(DEFAULTS, durability="power")
+QUARANTINE = "quarantine"
+NEW = ".new-"
+_RESERVE_MIN = 1024 * 1024
+
+
+def storage_error(exc: OSError, what: str) -> MistError:
+    """An OS error as ours, for an operation that certainly left nothing behind."""
+    if exc.errno in _FULL:
+        return StorageFull(f"{what}: {exc.strerror}", hint="free space or trim streams; reading still works")
+    return Unavailable(f"{what}: {exc.strerror or exc}", hint="`mist doctor` shows the state of the disk")
+
+
+class Journal:
+    """One stream directory. Every method is called by one thread at a time; those marked "under lock" inside
+    `locked()`."""
+
+    def __init__(self, files: Files, clock: Clock, path: str, boot: bytes) -> None:
+        self.files = files
+        self.clock = clock
+        self.path = path
+        self.boot = boot
+        self.name = os.path.basename(path)
+        self.warnings: list[str] = []
+        self.segments = Segments(files, path, write=True)
+        self._lock_fd = files.open(os.path.join(path, "lock"), create=True)
+        self._tail_fd = -1
+        self._index: tuple[int, int] | None = None
+        self._region = -1
+        self._reserved = (0, 0)
+        self.tail: Tail
+        try:
+            self._tail_fd = files.open(os.path.join(path, "tail"), create=True)
+            header = self._any_header()
+            self.incarnation = header.incarnation
+            self.created_ns = header.stream_created_ns
+            self.config = header.config
+            self.segments.seed = seed_of(self.incarnation)
+            self.identity = files.identity(path)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- making and opening -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def create(files: Files, clock: Clock, streams: str, name: str, config: StreamConfig) -> None:
+        """Make the directory of a new stream, durable and whole, or leave nothing that counts. Raises OSError.
+
+        Somebody else may make it at the same moment: then theirs stands.
+        """
+        path = os.path.join(streams, f"{NEW}{name}-{secrets.token_hex(6)}")
+        files.mkdir(path)
+        now = clock.time_ns()
+        header = SegmentHeader(
+            stream=name, incarnation=secrets.token_hex(8), base=1, created_ns=now, chain=0, stream_created_ns=now,
+            config=config,
+        )  # fmt: skip
+        _make_segment(files, path, header)
+        files.sync_dir(path)
+        try:
+            files.rename(path, os.path.join(streams, name))
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            remove_tree(files, path)
+            return
+        files.sync_dir(streams)
+
+    def _any_header(self) -> SegmentHeader:
+        bases = self.segments.refresh()
+        problem: Exception | None = None
+        for base in reversed(bases):
+            try:
+                return self.segments.header(base)
+            except BadBytes as exc:
+                problem = exc
+        if not bases:
+            raise NotFound(f"stream {self.name}: no segment in its directory")
+        raise DataLoss(
+            first=bases[0], last=bases[-1], resume_after=bases[-1], stream=self.name, why=f"unreadable ({problem})"
+        )
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.segments.close()
+        if self._index is not None:
+            self.files.close(self._index[1])
+            self._index = None
+        for fd in (self._tail_fd, self._lock_fd):
+            if fd >= 0:
+                self.files.close(fd)
+        self._tail_fd = self._lock_fd = -1
+
+    # -- the published page -------------------------------------------------------------------------------------------
+
+    def published(self) -> Tail | None:
+        """The tail page as it is now, without the lock; None when it is absent, torn, of another boot or a copy."""
+        for _ in range(3):  # a read may meet a write half way; the page's checksum tells
+            tail = decode_tail(self.files.pread(self._tail_fd, TAIL_BYTES, 0))
+            if tail is not None:
+                break
+        else:
+            return None
+        ours = tail.boot == self.boot and (tail.device, tail.inode) == self.identity
+        return tail if ours else None
+
+    def _publish(self, tail: Tail) -> None:
+        tail = replace(tail, generation=tail.generation + 1)
+        data = encode_tail(tail)
+        if self.files.pwrite(self._tail_fd, data, 0) != len(data):
+            raise OSError(errno.EIO, "short write of the tail page")
+        self.tail = tail
+
+    def _set_dirty(self, generations: int = 1, *, poisoned: int = 0) -> None:
+        words = _LOCK_WORDS.pack(self.tail.generation + generations, poisoned, os.getpid())
+        if self.files.pwrite(self._lock_fd, words, 0) != len(words):
+            raise OSError(errno.EIO, "short write of the lock file")
+
+    def holder(self) -> int:
+        """The process that last began to write, for messages."""
+        data = self.files.pread(self._lock_fd, _LOCK_WORDS.size, 0)
+        return int(_LOCK_WORDS.unpack(data)[2]) if len(data) == _LOCK_WORDS.size else 0
+
+    def try_lock(self) -> bool:
+        return self.files.lock(self._lock_fd, wait=False)
+
+    def wait_lock(self) -> None:
+        self.files.lock(self._lock_fd, wait=True)
+
+    def unlock(self) -> None:
+        self.files.unlock(self._lock_fd)
+
+    @contextmanager
+    def locked(self, wait_s: float = 10.0) -> Iterator[None]:
+        """The lock, and a tail that is true. Raises Locked, NotFound, StorageFull or Unavailable."""
+        until = time.monotonic() + wait_s
+        pause = 0.0005
+        while not self.try_lock():
+            if time.monotonic() > until:
+                raise Locked(
+                    f"stream {self.name}: process {self.holder()} has held the lock for {wait_s:g} s",
+                    hint="is it stopped or stuck? try again when it goes on",
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+        try:
+            self.enter()
+            yield
+        finally:
+            self.unlock()
+
+    def enter(self) -> None:
+        """Under lock: make `tail` true, recovering what a dead holder or a reboot left."""
+        tail = self.published()
+        words = self.files.pread(self._lock_fd, _LOCK_WORDS.size, 0)
+        dirty, poisoned, _ = _LOCK_WORDS.unpack(words) if len(words) == _LOCK_WORDS.size else (0, 0, 0)
+        try:
+            if tail is None:
+                self._recover_all()
+            elif dirty > tail.generation:
+                self.tail = tail
+                self._recover_from(tail, poisoned=poisoned == tail.segment)
+            else:
+                self.tail = tail
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: recovery") from exc
+        if self.tail.deleted:
+            raise NotFound(f"stream {self.name} was deleted")
+
+    def current(self) -> Tail:
+        """The published page, after recovery where that is needed. Safe beside the thread that commits."""
+        tail = self.published()
+        if tail is not None:
+            return tail
+        other = Journal(self.files, self.clock, self.path, self.boot)
+        try:
+            with other.locked():
+                return other.tail
+        finally:
+            other.close()
+
+    # -- commit -------------------------------------------------------------------------------------------------------
+
+    def commit(self, columns: Columns) -> int:
+        """Under lock: store one block and return its base sequence, at the stream's durability.
+
+        Raises StorageFull or Unavailable when certainly nothing was stored, Ambiguous when that is not known.
+        """
+        tail = self.tail
+        now = max(self.clock.time_ns(), tail.time_ns)
+        base = tail.durable + 1
+        parts, crc = encode_block(columns, base=base, time_ns=now, chain=tail.chain, seed=self.segments.seed)
+        size = len(parts[0]) + len(parts[1])
+        try:
+            if self._must_roll(tail, size, now):
+                self._set_dirty(2)
+                self._roll()
+                tail = self.tail
+            else:
+                self._set_dirty(1)
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: append") from exc
+        fd = self.segments.fd(tail.segment)
+        try:
+            self._reserve(fd, tail, size)
+            end = write_all(self.files, fd, parts, tail.end)
+        except OSError as exc:
+            self._cut(fd, tail, exc)
+            raise storage_error(exc, f"stream {self.name}: append") from exc
+        if self.config.durability == "power":
+            try:
+                self.files.sync(fd)
+            except OSError as exc:
+                self._poison(tail, fd)
+                raise Ambiguous(f"stream {self.name}: sync failed, {exc.strerror or exc}") from exc
+        try:
+            self._write_index(tail.segment, base, now, tail.end)
+            first_time = tail.first_time_ns if tail.durable >= tail.first else now
+            new = replace(
+                tail, durable=base + len(columns.subjects) - 1, end=end, chain=crc, time_ns=now,
+                bytes=tail.bytes + size, first_time_ns=first_time,
+            )  # fmt: skip
+            if self._limited:
+                new = self._retained(new, now)
+            self._publish(new)
+        except OSError as exc:
+            # the block is stored but not published: the next holder adopts it
+            raise Ambiguous(f"stream {self.name}: publishing failed, {exc.strerror or exc}") from exc
+        if new.first_segment != tail.first_segment:
+            self._remove_segments(new.first_segment)
+        return base
+
+    @property
+    def _limited(self) -> bool:
+        c = self.config
+        return bool(c.age_s_max or c.records_max or c.bytes_max)
+
+    def check_room(self, records: int, size: int, extra_records: int = 0, extra_bytes: int = 0) -> None:
+        """Under lock: raise StorageFull when the stream refuses to grow by this much."""
+        c, t = self.config, self.tail
+        if c.full != "refuse":
+            return
+        held = t.durable - t.first + 1 + extra_records
+        over = c.records_max and held + records > c.records_max
+        if over or (c.bytes_max and t.bytes + extra_bytes + size > c.bytes_max):
+            raise StorageFull(
+                f"stream {self.name} is full", hint="trim it, or let it drop the oldest (full=drop_oldest)"
+            )
+
+    def _must_roll(self, tail: Tail, size: int, now: int) -> bool:
+        if tail.end == SEGMENT_HEADER:
+            return False  # a block larger than a segment gets one of its own
+        if tail.end + size > segment_size(self.config):
+            return True
+        age = self.config.segment_age_s
+        return bool(age) and now - self._segment_created(tail.segment) > age * 1e9  # type: ignore[operator]
+
+    def _reserve(self, fd: int, tail: Tail, size: int) -> None:
+        """Make room for a block ahead of its write, in steps that grow: a small stream stays small on disk, a large
+        one rarely waits for the file system, and a full disk shows here and not inside a block."""
+        segment, reserved = self._reserved
+        if segment != tail.segment:
+            reserved = self.files.size(fd)
+        if tail.end + size > reserved:
+            want = max(min(reserved * 2, segment_size(self.config)), tail.end + size, _RESERVE_MIN)
+            self.files.allocate(fd, want)
+            reserved = want
+        self._reserved = (tail.segment, reserved)
+
+    def _segment_created(self, base: int) -> int:
+        if getattr(self, "_created", (0, 0))[0] != base:
+            self._created = (base, self.segments.header(base).created_ns)
+        return self._created[1]
+
+    def _roll(self) -> None:
+        """Under lock, dirty: seal the segment and publish a new, durable, empty one."""
+        tail = self.tail
+        if tail.end > SEGMENT_HEADER:
+            self.files.truncate(self.segments.fd(tail.segment), tail.end)
+        base = tail.durable + 1
+        header = SegmentHeader(
+            stream=self.name, incarnation=self.incarnation, base=base, created_ns=max(self.clock.time_ns(), tail.time_ns),
+            chain=tail.chain, stream_created_ns=self.created_ns, config=self.config,
+        )  # fmt: skip
+        self.segments.forget(base)
+        _make_segment(self.files, self.path, header)
+        self.files.sync_dir(self.path)
+        self.segments.refresh()
+        empty = tail.durable < tail.first
+        self._publish(replace(
+            tail, segment=base, end=SEGMENT_HEADER,
+            first_segment=base if empty else tail.first_segment,
+            first_offset=SEGMENT_HEADER if empty else tail.first_offset,
+        ))  # fmt: skip
+
+    def _cut(self, fd: int, tail: Tail, cause: OSError) -> None:
+        """Take back a block that was not written whole. Raises Ambiguous when even that fails."""
+        try:
+            self._reserved = (0, 0)
+            self.files.truncate(fd, tail.end)
+            self._publish(tail)
+        except OSError as exc:
+            raise Ambiguous(
+                f"stream {self.name}: append failed ({cause.strerror}) and could not be taken back"
+            ) from exc
+
+    def _poison(self, tail: Tail, fd: int) -> None:
+        """After a failed sync: never trust this descriptor's cache again; go on in a new segment."""
+        try:
+            self._set_dirty(2, poisoned=tail.segment)
+            self.files.truncate(fd, tail.end)
+            self._roll()
+            self._set_dirty(0)
+        except OSError as exc:
+            self.warnings.append(
+                f"segment {tail.segment} is poisoned by a failed sync and no new one could be made: {exc}"
+            )
+            return  # dirty and poisoned stand in the lock file: the next holder tries again before it writes
+        self.warnings.append(f"a sync of segment {tail.segment} failed; writing goes on in segment {self.tail.segment}")
+
+    def _write_index(self, segment: int, base: int, time_ns: int, offset: int) -> None:
+        region = offset // INDEX_EVERY
+        if self._index is None or self._index[0] != segment:
+            if self._index is not None:
+                self.files.close(self._index[1])
+                self._index = None
+            fd = self.files.open(os.path.join(self.path, f"{segment:020d}{INDEX}"), create=True)
+            self._index = (segment, fd)
+            self._region = -1
+        if region != self._region:
+            self.files.pwrite(self._index[1], encode_index_entry(base, time_ns, offset), region * INDEX_ENTRY)
+            self._region = region
+
+    # -- recovery -----------------------------------------------------------------------------------------------------
+
+    def _recover_from(self, tail: Tail, *, poisoned: bool) -> None:
+        """The last holder died or gave up between `dirty` and publishing; the page itself is true."""
+        bases = self.segments.refresh()
+        orphans = [b for b in bases if b > tail.segment]
+        fd = self.segments.fd(tail.segment)
+        if poisoned:
+            self._set_dirty(2, poisoned=tail.segment)
+            self._drop_orphans(orphans)
+            self.files.truncate(fd, tail.end)
+            self._roll()
+            self._set_dirty(0)
+            self.segments.refresh()
+            return
+        new = tail
+        while (found := self.segments.block(new.segment, new.end)) is not None:
+            h = found.header
+            if h.base != new.durable + 1 or h.chain != new.chain:
+                break
+            new = replace(
+                new, durable=h.last, end=new.end + h.size, chain=h.crc, time_ns=max(h.time_ns, new.time_ns),
+                bytes=new.bytes + h.size, first_time_ns=new.first_time_ns if new.durable >= new.first else h.time_ns,
+            )  # fmt: skip
+        self._keep_torn(fd, new.segment, new.end)
+        if self.config.durability == "power":
+            try:
+                self.files.sync(fd)
+            except OSError:
+                self._set_dirty(1, poisoned=tail.segment)  # a second sync would succeed without having stored anything
+                raise
+        for base in orphans:
+            if base == new.durable + 1 and new.end == tail.end and self._whole_header(base):
+                new = replace(new, segment=base, end=SEGMENT_HEADER)
+            else:
+                self._drop_orphans([base])
+        if self._limited:
+            new = self._retained(new, new.time_ns)
+        self._publish(new)
+
+    def _whole_header(self, base: int) -> bool:
+        try:
+            header = self.segments.header(base)
+        except BadBytes:
+            return False
+        return header.base == base and header.incarnation == self.incarnation
+
+    def _drop_orphans(self, orphans: list[int]) -> None:
+        for base in orphans:
+            self.segments.forget(base)
+            self.files.unlink(os.path.join(self.path, segment_name(base)))
+        if orphans:
+            self.files.sync_dir(self.path)
+            self.segments.refresh()
+
+    def _recover_all(self) -> None:
+        """Another boot, a copied directory or a lost page: find the end from the segments alone."""
+        bases = self.segments.refresh()
+        last = bases[-1]
+        fd = self.segments.fd(last)
+        start = self.segments.start_for(last, 1 << 62)
+        try:
+            chain = self.segments.header(last).chain
+        except BadBytes:
+            chain = 0
+            self.warnings.append(f"the header of segment {last} is damaged")
+        durable, end, time_ns = last - 1, SEGMENT_HEADER, 0
+        limit = 1 << 62
+        expected = None if start > SEGMENT_HEADER else last
+        for item in self.segments.walk(
+            last, start=start, chain=chain if start == SEGMENT_HEADER and chain else None, expected=expected, mark=limit
+        ):
+            if isinstance(item, Gap):
+                if item.last >= limit:
+                    break  # nothing good behind: a torn tail, not damage
+                self.warnings.append(f"records {item.first} to {item.last} are damaged")
+                continue
+            durable, end = item.header.last, item.offset + item.header.size
+            chain, time_ns = item.header.crc, max(time_ns, item.header.time_ns)
+        self._keep_torn(fd, last, end)
+        self.files.sync(fd)
+        if not time_ns and len(bases) > 1:
+            time_ns = self._last_time(bases[-2])
+        boot_tail = self.files.pread(self._tail_fd, TAIL_BYTES, 0)
+        old = decode_tail(boot_tail)
+        first = max(bases[0], self._read_trim())
+        tail = Tail(
+            generation=(old.generation if old else 0) + 1, boot=self.boot, device=self.identity[0],
+            inode=self.identity[1], durable=durable, segment=last, end=end, chain=chain, time_ns=time_ns,
+            first=min(first, durable + 1), first_segment=bases[0], first_offset=SEGMENT_HEADER, bytes=0,
+            deleted=old.deleted if old and (old.device, old.inode) == self.identity else 0,
+        )  # fmt: skip
+        tail = self._placed(tail, tail.first)
+        if self._limited:
+            tail = self._retained(tail, self.clock.time_ns())
+        words = self.files.pread(self._lock_fd, _LOCK_WORDS.size, 0)
+        if len(words) == _LOCK_WORDS.size:
+            tail = replace(tail, generation=max(tail.generation, _LOCK_WORDS.unpack(words)[0]))
+        self._publish(tail)
+        self._remove_segments(self.tail.first_segment)
+
+    def _last_time(self, base: int) -> int:
+        time_ns = 0
+        for item in self.segments.walk(base, start=self.segments.start_for(base, 1 << 62), mark=1 << 62):
+            if isinstance(item, Block):
+                time_ns = item.header.time_ns
+        return time_ns
+
+    def _keep_torn(self, fd: int, segment: int, end: int) -> None:
+        """Cut what lies behind the last good block, keeping a copy when it is not just reserved space."""
+        size = self.files.size(fd)
+        if size < end:
+            raise OSError(errno.EIO, f"segment {segment} is shorter than what was published")
+        torn = self.files.pread(fd, BLOCK_DATA_MAX, end).rstrip(b"\0")
+        if not torn:
+            return
+        folder = os.path.join(self.path, QUARANTINE)
+        if QUARANTINE not in self.files.listdir(self.path):
+            self.files.mkdir(folder)
+        kept = os.path.join(folder, f"{segment:020d}-{end}-{secrets.token_hex(4)}.torn")
+        aside = self.files.open(kept, create=True)
+        try:
+            write_all(self.files, aside, [torn], 0)
+        finally:
+            self.files.close(aside)
+        self.warnings.append(
+            f"{len(torn)} bytes of an unfinished write were cut from segment {segment} and kept in {QUARANTINE}"
+        )
+        self._reserved = (0, 0)
+        self.files.truncate(fd, end)
+
+    # -- trim and retention -------------------------------------------------------------------------------------------
+
+    def trim(self, before: int) -> int:
+        """Under lock: remove records below `before`, durably. Returns how many went."""
+        tail = self.tail
+        if before > tail.durable + 1:
+            raise CursorAhead(after=before - 1, last=tail.durable, stream=self.name)
+        if before <= tail.first:
+            return 0
+        try:
+            self._write_trim(before)
+            new = self._placed(tail, before)
+            self._set_dirty(1)
+            self._publish(new)
+            self._remove_segments(new.first_segment)
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: trim") from exc
+        return before - tail.first
+
+    def expire(self) -> None:
+        """Under lock: let go what the age limit says."""
+        new = self._retained(self.tail, self.clock.time_ns())
+        if new.first != self.tail.first:
+            try:
+                self._set_dirty(1)
+                self._publish(new)
+                self._remove_segments(new.first_segment)
+            except OSError as exc:
+                raise storage_error(exc, f"stream {self.name}: retention") from exc
+
+    def _retained(self, tail: Tail, now: int) -> Tail:
+        c = self.config
+        if c.full == "drop_oldest" and c.records_max and tail.durable - tail.first + 1 > c.records_max:
+            tail = self._moved(tail, tail.durable - c.records_max + 1)
+        if c.full == "drop_oldest" and c.bytes_max:
+            while tail.bytes > c.bytes_max and tail.first <= tail.durable:
+                after = self._moved(tail, self._block_last(tail) + 1)
+                if after.first > tail.durable:
+                    break  # the newest block stays, whatever its size
+                tail = after
+        if c.age_s_max:
+            oldest = now - int(c.age_s_max * 1e9)
+            while tail.first <= tail.durable and tail.first_time_ns < oldest:
+                tail = self._moved(tail, self._block_last(tail) + 1)
+        return tail
+
+    def _block_last(self, tail: Tail) -> int:
+        """The last sequence of the block that holds `tail.first`."""
+        head = block_header(self.files.pread(self.segments.fd(tail.first_segment), 64, tail.first_offset))
+        if head is not None and head.base <= tail.first <= head.last <= tail.durable:
+            return head.last
+        following = self.segments.next_base(tail.first_segment)  # damaged: let the whole segment go
+        return (following - 1) if following is not None and following <= tail.durable else tail.durable
+
+    def _moved(self, tail: Tail, first: int) -> Tail:
+        """The tail with a later `first`, hopping over a few blocks; far moves are placed by the index."""
+        segment, offset, size = tail.first_segment, tail.first_offset, tail.bytes
+        for _ in range(64):
+            if first > tail.durable:
+                return replace(
+                    tail, first=first, first_segment=tail.segment, first_offset=tail.end, bytes=0, first_time_ns=0
+                )
+            head = block_header(self.files.pread(self.segments.fd(segment), 64, offset))
+            if head is None or head.base > first or head.last > tail.durable:
+                following = self.segments.next_base(segment)
+                if head is None and following is not None and following <= first:
+                    segment, offset = following, SEGMENT_HEADER
+                    continue
+                break
+            if head.last >= first:
+                return replace(
+                    tail,
+                    first=first,
+                    first_segment=segment,
+                    first_offset=offset,
+                    bytes=size,
+                    first_time_ns=head.time_ns,
+                )
+            offset, size = offset + head.size, size - head.size
+        return self._placed(tail, first)
+
+    def _placed(self, tail: Tail, first: int) -> Tail:
+        """The tail with `first` and everything derived from it found anew."""
+        bases = [b for b in self.segments.refresh() if b <= tail.segment]
+        if first > tail.durable:
+            return replace(
+                tail, first=first, first_segment=tail.segment, first_offset=tail.end, bytes=0, first_time_ns=0
+            )
+        segment = self.segments.holding(first)
+        offset, time_ns = SEGMENT_HEADER, 0
+        for item in self.segments.walk(segment, start=self.segments.start_for(segment, first), mark=tail.durable):
+            if isinstance(item, Block) and item.header.last >= first:
+                offset, time_ns = item.offset, item.header.time_ns
+                break
+        size = 0
+        for base in bases:
+            if base >= segment:
+                end = tail.end if base == tail.segment else self.files.size(self.segments.fd(base))
+                size += end - (offset if base == segment else SEGMENT_HEADER)
+        return replace(tail, first=first, first_segment=segment, first_offset=offset, bytes=size, first_time_ns=time_ns)
+
+    def _remove_segments(self, below: int) -> None:
+        """Delete segments that hold nothing kept. A crash in between leaves files that the next call removes."""
+        for base in [b for b in self.segments.bases if b < below]:
+            self.segments.forget(base)
+            for suffix in (".seg", INDEX):
+                try:
+                    self.files.unlink(os.path.join(self.path, f"{base:020d}{suffix}"))
+                except FileNotFoundError:
+                    continue  # somebody was faster, or there never was an index
+        self.segments.refresh()
+
+    def _read_trim(self) -> int:
+        try:
+            fd = self.files.open(os.path.join(self.path, "trim"), write=False)
+        except FileNotFoundError:
+            return 1
+        try:
+            return int(msgspec.json.decode(self.files.pread(fd, 256, 0), type=dict[str, int])["first"])
+        except (msgspec.DecodeError, KeyError):
+            self.warnings.append("the trim mark cannot be read; trimmed records may show again")
+            return 1
+        finally:
+            self.files.close(fd)
+
+    def _write_trim(self, first: int) -> None:
+        path = os.path.join(self.path, "trim")
+        fd = self.files.open(path + ".tmp", create=True)
+        try:
+            self.files.truncate(fd, 0)
+            write_all(self.files, fd, [msgspec.json.encode({"first": first})], 0)
+            self.files.sync(fd)
+        finally:
+            self.files.close(fd)
+        self.files.rename(path + ".tmp", path)
+        self.files.sync_dir(self.path)
+
+    # -- the rest -----------------------------------------------------------------------------------------------------
+
+    def mark_deleted(self) -> None:
+        """Under lock: from now on every handle, in every process, answers NotFound."""
+        try:
+            self._set_dirty(1)
+            self._publish(replace(self.tail, deleted=1))
+            self.files.sync(self._tail_fd)
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: delete") from exc
+
+    def verify(self) -> Verification:
+        """Read every published byte. Needs no lock: what is published does not change (trimmed parts are left out)."""
+        tail = self.published()
+        if tail is None:
+            with self.locked():
+                tail = self.tail
+        reader = Segments(self.files, self.path, self.segments.seed)
+        damage: list[Damage] = []
+        records = size = 0
+        try:
+            bases = [b for b in reader.refresh() if b <= tail.segment]
+            chain: int | None = None
+            for base in bases:
+                where = segment_name(base)
+                try:
+                    header = decode_segment_header(self.files.pread(reader.fd(base), SEGMENT_HEADER, 0), strict=True)
+                    chain = header.chain if chain is None else chain
+                except BadBytes as exc:
+                    damage.append(Damage(base, base - 1, f"{where}:0", str(exc)))
+                end = SEGMENT_HEADER
+                for item in reader.walk(base, chain=chain or None, mark=tail.durable):
+                    if isinstance(item, Gap):
+                        chain = None
+                        if item.last >= tail.first or item.last < item.first:
+                            damage.append(
+                                Damage(max(item.first, tail.first), item.last, f"{where}:{item.start}", item.why)
+                            )
+                        continue
+                    h = item.header
+                    chain, end = h.crc, item.offset + h.size
+                    kept = h.last - max(h.base, tail.first) + 1
+                    if kept > 0:
+                        records += kept
+                        size += h.size
+                if base != tail.segment and self.files.size(reader.fd(base)) > end and not damage:
+                    slack = self.files.pread(reader.fd(base), BLOCK_DATA_MAX, end).strip(b"\0")
+                    if slack:
+                        self.warnings.append(f"{where}: {len(slack)} bytes of a superseded write behind its last block")
+        finally:
+            reader.close()
+        return Verification(records=records, bytes=size, first=tail.first, last=tail.durable, damage=damage)
+
+
+def segment_size(config: StreamConfig) -> int:
+    """The size at which a stream rolls: as configured, and small enough that bytes_max can be kept."""
+    size = config.segment_bytes or LOG_DEFAULTS.segment_bytes or 0
+    if config.bytes_max:
+        size = min(size, max(64 * 1024, config.bytes_max // 8))
+    return max(size, SEGMENT_HEADER * 2)
+
+
+def _make_segment(files: Files, path: str, header: SegmentHeader) -> None:
+    """A new segment file, whole and durable before it has its name; the caller syncs the directory."""
+    target = os.path.join(path, segment_name(header.base))
+    fd = files.open(target + ".tmp", create=True)
+    try:
+        files.truncate(fd, 0)
+        write_all(files, fd, [encode_segment_header(header)], 0)
+        files.sync(fd)
+    finally:
+        files.close(fd)
+    files.rename(target + ".tmp", target)
+
+
+def remove_tree(files: Files, path: str) -> None:
+    """Remove a stream directory of ours: files, and one level of quarantine."""
+    for name in files.listdir(path):
+        full = os.path.join(path, name)
+        if name == QUARANTINE:
+            remove_tree(files, full)
+        else:
+            files.unlink(full)
+    os.rmdir(path)

@@ -1,0 +1,313 @@
+"""Pages of records from a stream directory. Synchronous, reads only, never passes the durable mark.
+
+A page is a pure function of `after`. What makes the next page cheap is a small memory of where the last ones ended
+(segment, offset, the rest of a decoded block); it is a cache and may be dropped at any time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from mist.broker.base import Page, Record
+from mist.errors import CursorAhead, DataLoss, MistError, NotFound, SequenceExpired, Unavailable
+from mist.log.format import (
+    BLOCK_HEADER,
+    SEGMENT_HEADER,
+    BadBytes,
+    Meta,
+    Tail,
+    block_header,
+    block_ok,
+    decode_meta,
+    decode_records,
+)
+from mist.log.journal import Journal
+from mist.log.segments import Block, Gap, Segments
+
+_CHUNK_MIN = 128 * 1024
+_CHUNK_MAX = 1024 * 1024
+_SCAN_BYTES = 32 * 1024 * 1024
+_PLACES = 256
+_RESTS = 8
+
+Match = Callable[[str], bool] | None
+
+
+class Reader:
+    """One reader of one stream; use it from one thread."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._files = journal.files
+        self._segments = Segments(journal.files, journal.path, journal.segments.seed)
+        self._listed = (0, 0)
+        # after -> (segment, offset of the block that holds the next record, its chain or None)
+        self._places: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        # after -> the undelivered records of that block, from the one after `after`, and where the next block starts
+        self._rests: OrderedDict[int, tuple[list[Record], int, int, int]] = OrderedDict()
+
+    def close(self) -> None:
+        self._segments.close()
+
+    def tail(self) -> Tail:
+        """The published page; recovers first where that is needed (another boot, a copied directory)."""
+        tail = self._journal.current()
+        if tail.deleted:
+            raise NotFound(f"stream {self._journal.name} was deleted")
+        return tail
+
+    def page(self, *, after: int, match: Match, limit: int, bytes_max: int, tail: Tail | None = None) -> Page:
+        """Raises SequenceExpired, CursorAhead, DataLoss, NotFound, Unavailable."""
+        tail = tail or self.tail()
+        self._check(after, tail)
+        if after == tail.durable:
+            return Page([], after, after)
+        try:
+            return self._page(after, match, limit, bytes_max, tail)
+        except FileNotFoundError:
+            now = self.tail()  # a segment went while we read: trimmed, or the stream was deleted
+            self._check(after, now)
+            self._forget()
+            return self._page(after, match, limit, bytes_max, now)
+        except OSError as exc:
+            raise Unavailable(f"stream {self._journal.name}: read: {exc.strerror or exc}") from exc
+
+    def _check(self, after: int, tail: Tail) -> None:
+        if after > tail.durable:
+            raise CursorAhead(after=after, last=tail.durable, stream=self._journal.name)
+        if after + 1 < tail.first:
+            raise SequenceExpired(after=after, first=tail.first, stream=self._journal.name)
+
+    def _forget(self) -> None:
+        self._listed = (0, 0)
+        self._places.clear()
+        self._rests.clear()
+
+    def _refresh(self, tail: Tail) -> None:
+        key = (tail.segment, tail.first_segment)
+        if key != self._listed:
+            self._segments.refresh()
+            self._segments.bases = [b for b in self._segments.bases if b <= tail.segment]
+            self._listed = key
+
+    def _page(self, after: int, match: Match, limit: int, bytes_max: int, tail: Tail) -> Page:
+        self._refresh(tail)
+        mark = tail.durable
+        out: list[Record] = []
+        size = 0
+        scanned = after
+        rest = self._rests.pop(after, None)
+        if rest is not None:
+            records, at, segment, offset = rest
+            taken, at, size = _take(records, at, match, limit, bytes_max, out, 0)
+            scanned = records[at - 1].sequence if at else after
+            if not taken:
+                self._remember_rest(scanned, records, at, segment, offset)
+                return Page(out, scanned, mark)
+        else:
+            place = self._places.get(after)
+            segment, offset = place if place is not None else self._find(after + 1, mark)
+        fd = self._segments.fd(segment)
+        chunk, start = b"", offset
+        want = _CHUNK_MIN
+        budget = _SCAN_BYTES
+        retried = False
+        pread = self._files.pread
+        seed = self._segments.seed
+        while scanned < mark and len(out) < limit and budget > 0:
+            following = self._segments.next_base(segment)
+            if following is not None and scanned + 1 >= following:
+                segment, offset, chunk = following, SEGMENT_HEADER, b""
+                fd = self._segments.fd(segment)
+                start = offset
+            at = offset - start
+            header = block_header(chunk, at)
+            if header is None or at + header.size > len(chunk):
+                chunk = pread(fd, max(header.size if header is not None and header.size < 1 << 28 else 0, want), offset)
+                start, at = offset, 0
+                want = min(want * 2, _CHUNK_MAX)
+                header = block_header(chunk)
+                if header is not None and header.size > len(chunk) and header.size < 1 << 28:
+                    chunk = pread(fd, header.size, offset)
+            block = (
+                b"" if header is None else chunk[at : at + header.size] if at or len(chunk) != header.size else chunk
+            )
+            if (
+                header is None
+                or not block_ok(block, header, seed)
+                or not header.base <= scanned + 1 <= header.last <= mark
+            ):
+                if not retried:
+                    retried, chunk = True, b""  # once more, with bytes read after this mark
+                    continue
+                if out:
+                    break  # what is good comes first; the next page starts at the damage
+                raise self._damage(segment, scanned, tail)
+            retried = False
+            budget -= header.size
+            try:
+                meta = decode_meta(block, header)
+                if match is not None and not any(map(match, meta.subjects)):
+                    scanned = header.last
+                    offset += header.size
+                    continue
+                records = decode_records(block, header, meta)
+            except BadBytes as exc:
+                raise DataLoss(
+                    first=header.base,
+                    last=header.last,
+                    resume_after=header.last,
+                    stream=self._journal.name,
+                    why=str(exc),
+                ) from exc
+            skip = scanned + 1 - header.base
+            if (
+                not skip
+                and match is None
+                and len(out) + header.records <= limit
+                and size + header.data_len <= bytes_max
+            ):
+                out = records if not out else out + records
+                size += header.data_len
+                scanned = header.last
+                offset += header.size
+                continue
+            taken, stop, size = _take(records, skip, match, limit, bytes_max, out, size)
+            if stop:
+                scanned = records[stop - 1].sequence
+            if stop < len(records):
+                self._remember_rest(scanned, records, stop, segment, offset + header.size)
+                return Page(out, scanned, mark)
+            offset += header.size
+            if not taken:
+                break
+        self._remember_place(scanned, segment, offset)
+        return Page(out, scanned, mark)
+
+    def _remember_place(self, after: int, segment: int, offset: int) -> None:
+        self._places[after] = (segment, offset)
+        if len(self._places) > _PLACES:
+            self._places.popitem(last=False)
+
+    def _remember_rest(self, after: int, records: list[Record], at: int, segment: int, offset: int) -> None:
+        if at >= len(records):
+            self._remember_place(after, segment, offset)
+            return
+        self._rests[after] = (records, at, segment, offset)
+        if len(self._rests) > _RESTS:
+            self._rests.popitem(last=False)
+
+    def _find(self, sequence: int, mark: int) -> tuple[int, int]:
+        """Segment and offset of the block that holds a sequence. Raises DataLoss when it lies in damage."""
+        segment = self._segments.holding(sequence)
+        start = self._segments.start_for(segment, sequence)
+        offset = self._segments.hop(segment, start, sequence, mark)
+        if offset is not None:
+            return segment, offset
+        return segment, self._find_carefully(segment, sequence, mark)
+
+    def _find_carefully(self, segment: int, sequence: int, mark: int) -> int:
+        for item in self._segments.walk(segment, mark=mark):
+            if isinstance(item, Block) and item.header.base <= sequence <= item.header.last:
+                return item.offset
+            if isinstance(item, Gap) and item.first <= sequence <= item.last:
+                raise DataLoss(
+                    first=sequence, last=item.last, resume_after=item.last, stream=self._journal.name, why=item.why
+                )
+        raise DataLoss(first=sequence, last=mark, resume_after=mark, stream=self._journal.name, why="missing")
+
+    def _damage(self, segment: int, scanned: int, tail: Tail) -> MistError:
+        """What to say about the record after `scanned`, which is not where it should be."""
+        self._forget()
+        self._refresh(tail)
+        try:
+            offset = self._find_carefully(segment, scanned + 1, tail.durable)
+        except DataLoss as exc:
+            return exc
+        # the careful walk finds it: our place was stale (cannot happen with an unchanged file), go there next time
+        self._remember_place(scanned, segment, offset)
+        return Unavailable(f"stream {self._journal.name}: record {scanned + 1} moved while it was read", retryable=True)
+
+    def locate(self, time_ns: int) -> int:
+        """The first kept sequence whose block time is >= time_ns; last + 1 when there is none."""
+        tail = self.tail()
+        self._refresh(tail)
+        if tail.durable < tail.first or time_ns > tail.time_ns:
+            return tail.durable + 1
+        bases = self._segments.bases
+        low, high = 0, len(bases) - 1
+        while low < high:  # the last segment whose first block is older
+            middle = (low + high + 1) // 2
+            head = block_header(self._files.pread(self._segments.fd(bases[middle]), BLOCK_HEADER, SEGMENT_HEADER))
+            if head is None or head.base > tail.durable or head.time_ns >= time_ns:
+                high = middle - 1
+            else:
+                low = middle
+        for base in bases[low:]:
+            start = self._segments.start_for(base, 0, time_ns=time_ns)
+            for item in self._segments.walk(base, start=start, mark=tail.durable):
+                if isinstance(item, Block) and item.header.time_ns >= time_ns and item.header.last >= tail.first:
+                    return max(item.header.base, tail.first)
+        return tail.durable + 1
+
+    def metas(self, after: int, tail: Tail) -> list[tuple[int, int, int, list[str] | None]]:
+        """(base, count, time, ids) of the blocks behind `after`, without reading payloads; for the id window."""
+        self._refresh(tail)
+        out: list[tuple[int, int, int, list[str] | None]] = []
+        if after >= tail.durable:
+            return out
+        segment, offset = self._places.get(after) or self._find(after + 1, tail.durable)
+        chunk, start = b"", offset
+        expected = 0
+        while expected <= tail.durable:
+            following = self._segments.next_base(segment)
+            if following is not None and expected >= following:
+                segment, offset, chunk = following, SEGMENT_HEADER, b""
+                start = offset
+            at = offset - start
+            header = block_header(chunk, at)
+            if header is None or at + BLOCK_HEADER + header.meta_len > len(chunk):
+                chunk, start, at = self._files.pread(self._segments.fd(segment), _CHUNK_MIN, offset), offset, 0
+                header = block_header(chunk)
+                if header is not None and BLOCK_HEADER + header.meta_len > len(chunk):
+                    chunk = self._files.pread(self._segments.fd(segment), BLOCK_HEADER + header.meta_len, offset)
+            if header is None or (expected and header.base != expected) or header.last > tail.durable:
+                gap = self._gap_after(segment, expected or after + 1, tail.durable)
+                if gap is None:
+                    return out
+                offset, expected, chunk = gap[0], gap[1], b""
+                start = offset
+                continue
+            try:
+                meta: Meta | None = decode_meta(memoryview(chunk)[at : at + BLOCK_HEADER + header.meta_len], header)  # type: ignore[arg-type]
+            except BadBytes:
+                meta = None  # damage is the reader's to report; a window only loses these ids
+            out.append((header.base, header.records, header.time_ns, meta.ids if meta else None))
+            offset += header.size
+            expected = header.last + 1
+        self._remember_place(tail.durable, segment, offset)
+        return out
+
+    def _gap_after(self, segment: int, sequence: int, mark: int) -> tuple[int, int] | None:
+        for item in self._segments.walk(segment, mark=mark):
+            if isinstance(item, Block) and item.header.base >= sequence:
+                return item.offset, item.header.base
+        return None
+
+
+def _take(
+    records: list[Record], at: int, match: Match, limit: int, bytes_max: int, out: list[Record], size: int
+) -> tuple[bool, int, int]:
+    """Move matching records[at:] to `out` within the limits. Returns whether all were passed, the new `at`, the size."""
+    for i in range(at, len(records)):
+        record = records[i]
+        if match is None or match(record.subject):
+            if len(out) >= limit:
+                return False, i, size
+            more = size + len(record.data)
+            if out and more > bytes_max:
+                return False, i, size
+            out.append(record)
+            size = more
+    return True, len(records), size
