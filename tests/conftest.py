@@ -1,4 +1,4 @@
-"""What every test may use."""
+"""Helpers of all tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def run(coro: Coroutine[Any, Any, T], timeout_s: float = 30) -> T:
-    """The result of a coroutine in a loop of its own, or TimeoutError."""
+    """Run one coroutine on a fresh event loop, for at most `timeout_s`."""
 
     async def bounded() -> T:
         async with asyncio.timeout(timeout_s):
