@@ -1,0 +1,44 @@
+"""Run the benchmarks: `python -m bench [--only NAME,…] [--rounds N] [--scale F] [--dir DIR] [--format json]`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from bench import appending, consuming, following, replaying, starting
+from bench.common import Board
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", default="append,replay,follow,consume,start", help="comma-separated parts")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="0.1 for a quick look")
+    parser.add_argument(
+        "--dir", type=Path, help="where to write (a real disk, not tmpfs); default: the temporary directory"
+    )
+    parser.add_argument("--format", choices=["text", "json"], default="text")
+    args = parser.parse_args()
+    base = Path(tempfile.mkdtemp(prefix="mist-bench-", dir=args.dir))
+    board = Board(args.format == "json")
+    parts = args.only.split(",")
+    try:
+        if "append" in parts:
+            appending.run(board, base, args.rounds, args.scale)
+        if "replay" in parts:
+            replaying.run(board, base, args.rounds, args.scale)
+        if "follow" in parts:
+            following.run(board, base, args.rounds, args.scale)
+        if "consume" in parts:
+            consuming.run(board, base, args.rounds, args.scale)
+        if "start" in parts:
+            starting.run(board, args.rounds)
+        board.finish()
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
