@@ -33,6 +33,25 @@ def ours(base: Path, groups: list[list[Message]], durability: str = "power") -> 
     return asyncio.run(main())
 
 
+def in_flight(base: Path, groups: list[list[Message]], callers: int) -> float:
+    async def main() -> float:
+        async with mist.connect(f"log:{fresh(base, 'log')}") as broker:
+            stream = await broker.open("s")
+            todo = iter(groups)
+
+            async def caller() -> None:
+                for group in todo:
+                    await stream.append(group)
+
+            start = time.perf_counter()
+            await asyncio.gather(*[caller() for _ in range(callers)])
+            took = time.perf_counter() - start
+            assert (await stream.info()).last == sum(map(len, groups))
+            return sum(map(len, groups)) / took
+
+    return asyncio.run(main())
+
+
 def sqlite(base: Path, groups: list[list[Message]]) -> float:
     db = sqlite3.connect(fresh(base, "sqlite") / "log.db", isolation_level=None)
     db.execute("pragma journal_mode=wal")
@@ -104,19 +123,21 @@ def run(board: Board, base: Path, rounds: int, scale: float) -> None:
     groups = batches(messages(int(100_000 * scale) // BATCH * BATCH))
     board.head(SUBJECT)
     got = interleaved({
-        "mist log: power (ids, dedupe, CRC, index)": lambda: ours(base, groups),
+        "mist log: one caller (ids, dedupe, CRC, index)": lambda: ours(base, groups),
+        "mist log: four callers": lambda: in_flight(base, groups, 4),
         "LMDB, sync, unique id index (the same job)": lambda: lmdb_bare(base, groups, ids=True),
         "LMDB, sync, bare": lambda: lmdb_bare(base, groups),
         "SQLite WAL, synchronous=FULL": lambda: sqlite(base, groups),
         "plain write + fdatasync": lambda: plain(base, groups),
-        "mist log: process": lambda: ours(base, groups, "process"),
+        "mist log: one caller, level process": lambda: ours(base, groups, "process"),
     }, rounds)  # fmt: skip
     for name, values in got.items():
         board.row(SUBJECT, name, values, "records/s")
-    mine, same, bare, lite, _, _ = got.values()
+    mine, four, same, bare, lite, _, _ = got.values()
     board.verdict(SUBJECT, "of LMDB doing the same job", ratio(mine, same), 1.5)
     board.verdict(SUBJECT, "of bare LMDB", ratio(mine, bare), 1.1)
     board.verdict(SUBJECT, "of SQLite", ratio(mine, lite), 3.0)
+    board.verdict(SUBJECT, "four callers, of bare LMDB", ratio(four, bare), 1.1)
     board.head(TASKS)
     items = messages(int(100_000 * scale))
     few = batches(items[: int(1500 * scale)], 1)

@@ -36,7 +36,6 @@ from mist.broker.base import (
     StreamConfig,
     StreamInfo,
     Verification,
-    check_messages,
 )
 from mist.broker.checkpoint import check_save
 from mist.broker.clock import SYSTEM, Clock
@@ -332,8 +331,10 @@ class LogStream(Stream):
         self._check()
         if not messages:
             return []
-        check_messages(messages, self.size_bytes_max)
-        return await self._committer.append(messages, expected_last)
+        committer = self._committer
+        if committer.full:
+            await committer.room()
+        return await committer.append(messages, expected_last)
 
     async def read(
         self,

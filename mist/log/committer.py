@@ -10,14 +10,16 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 
-from mist.broker.base import Headers, Message
+from mist.broker.base import RECORD_BYTES_MAX, Headers, Message, check_columns, check_messages
 from mist.broker.notify import Notifier
 from mist.errors import Ambiguous, Closed, Internal, Locked, MistError, PartialAppend, Unavailable, WrongSequence
 from mist.log.format import BLOCK_DATA_MAX, BLOCK_RECORDS_MAX, Columns
 from mist.log.journal import Journal, storage_error
 from mist.log.reader import Reader
 from mist.log.window import Window
+from mist.protocol.subject import check_subject
 
 _QUEUE_BYTES_MAX = 64 * 1024 * 1024
 _QUEUE_MESSAGES_MAX = 200_000
@@ -27,12 +29,19 @@ _OVERHEAD = 64
 class _Append:
     """One waiting append. `result` fills up while its messages go into blocks; `stored` of them are published."""
 
-    __slots__ = ("error", "expected_last", "future", "messages", "result", "size", "stored")
+    __slots__ = ("columns", "count", "error", "expected_last", "future", "messages", "result", "size", "stored")
 
     def __init__(
-        self, messages: Sequence[Message], expected_last: int | None, size: int, future: asyncio.Future[list[int]]
+        self,
+        messages: Sequence[Message],
+        columns: Columns | None,
+        expected_last: int | None,
+        size: int,
+        future: asyncio.Future[list[int]],
     ) -> None:
         self.messages = messages
+        self.columns = columns
+        self.count = len(messages)
         self.expected_last = expected_last
         self.size = size
         self.future = future
@@ -75,26 +84,49 @@ class Committer:
         config = journal.config
         self._window = Window(ids_max=config.dedupe_ids_max or 0, window_s=config.dedupe_window_s or 0.0)
 
-    async def append(self, messages: Sequence[Message], expected_last: int | None) -> list[int]:
-        """The sequences, once stored. Waits while the queue is full. Cancelling does not withdraw it."""
-        size = sum([len(m.data) for m in messages])
-        while self._bytes > _QUEUE_BYTES_MAX or self._count > _QUEUE_MESSAGES_MAX:
-            generation = self._room.generation
-            if self._bytes > _QUEUE_BYTES_MAX or self._count > _QUEUE_MESSAGES_MAX:
-                await self._room.wait(generation, None)
+    def append(self, messages: Sequence[Message], expected_last: int | None) -> asyncio.Future[list[int]]:
+        """Check the messages and put them in the queue. The future gives the sequences, once stored; cancelling it does
+        not withdraw the append. Raises TooLarge and InvalidArgument. See `room` for the queue's bound."""
+        columns: Columns | None = None
+        if len(messages) == 1:
+            message = messages[0]
+            size = len(message.data)
+            if message.headers or len(message.id) > 64 or size > RECORD_BYTES_MAX or not message.id.isascii():
+                check_messages(messages, RECORD_BYTES_MAX)
+            else:
+                check_subject(message.subject)
+        else:
+            ids = [m.id for m in messages]
+            headers = [m.headers for m in messages]
+            columns = Columns([m.subject for m in messages], [m.data for m in messages], ids, headers)
+            check_columns(columns.subjects, columns.datas, ids, headers, RECORD_BYTES_MAX)
+            size = sum(map(len, columns.datas))
         if self._closing:
             raise Closed("the broker is closed")
         future: asyncio.Future[list[int]] = self._loop.create_future()
-        request = _Append(messages, expected_last, size, future)
+        request = _Append(messages, columns, expected_last, size, future)
         with self._mutex:
             self._queue.append(request)
             self._bytes += size
-            self._count += len(messages)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"mist-log-{self._journal.name}", daemon=True)
-            self._thread.start()
-        self._wake.set()
-        return await future
+            self._count += request.count
+        if not self._wake.is_set():
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=f"mist-log-{self._journal.name}", daemon=True)
+                self._thread.start()
+            self._wake.set()
+        return future
+
+    @property
+    def full(self) -> bool:
+        """Whether so much is waiting that a caller must wait in `room` first."""
+        return self._bytes > _QUEUE_BYTES_MAX or self._count > _QUEUE_MESSAGES_MAX
+
+    async def room(self) -> None:
+        """Wait until the queue is below its bound."""
+        while self.full and not self._closing:
+            generation = self._room.generation
+            if self.full:
+                await self._room.wait(generation, None)
 
     async def aclose(self) -> bool:
         """Finish what was accepted, then end the thread. False when it could not end: leave its files open."""
@@ -150,7 +182,7 @@ class Committer:
             self._fail(batch, error)
         with self._mutex:
             self._bytes -= sum([r.size for r in batch])
-            self._count -= sum([len(r.messages) for r in batch])
+            self._count -= sum([r.count for r in batch])
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._resolve, batch)
 
@@ -183,7 +215,7 @@ class Committer:
             self._queue = [r for r in self._queue if r not in waiting]
             left = bool(self._queue)
             self._bytes -= sum([r.size for r in stuck])
-            self._count -= sum([len(r.messages) for r in stuck])
+            self._count -= sum([r.count for r in stuck])
         error = Locked(
             f"stream {self._journal.name}: process {self._journal.holder()} has held the lock for {self._lock_wait_s:g} s",
             hint="is it stopped or stuck? nothing was stored; try again when it goes on",
@@ -254,6 +286,8 @@ class _Block:
 
     def store(self, batch: list[_Append]) -> None:
         self.window.expire(self.now)
+        if self._store_at_once(batch):
+            return
         for request in batch:
             messages = request.messages
             room = BLOCK_RECORDS_MAX - len(self.messages)
@@ -273,6 +307,42 @@ class _Block:
                 self._flush()
                 at = stop
         self._flush()
+
+    def _store_at_once(self, batch: list[_Append]) -> bool:
+        """The common case: one block takes all, nothing is conditional or known. False: nothing was done."""
+        count = sum([r.count for r in batch])
+        if (
+            count > BLOCK_RECORDS_MAX
+            or sum([r.size for r in batch]) > BLOCK_DATA_MAX
+            or self.journal.config.full == "refuse"
+            or any(r.expected_last is not None for r in batch)
+        ):
+            return False
+        columns = batch[0].columns
+        if columns is None or len(batch) > 1:
+            messages = list(chain.from_iterable([r.messages for r in batch]))
+            columns = Columns(
+                [m.subject for m in messages], [m.data for m in messages],
+                [m.id for m in messages], [m.headers for m in messages],
+            )  # fmt: skip
+        ids = columns.ids or []
+        given = ids if all(ids) else [i for i in ids if i]
+        if given and self.window.known(given):
+            return False
+        base = self.next
+        if given:
+            self.window.stored(base, self.now, ids)
+        at = base
+        for request in batch:
+            stop = at + request.count
+            request.result = list(range(at, stop))
+            self.parts.append((request, request.count))
+            at = stop
+        self.next = at
+        self._write(Columns(
+            columns.subjects, columns.datas, ids if given else None, columns.headers if any(columns.headers or ()) else None
+        ))  # fmt: skip
+        return True
 
     def _admit(self, request: _Append, messages: Sequence[Message], size: int) -> None:
         ids = [m.id for m in messages]
@@ -323,18 +393,23 @@ class _Block:
         return sequences, new
 
     def _flush(self) -> None:
-        """Write the block. On failure its requests get the error, and the error goes on to those behind it."""
-        parts, self.parts = self.parts, []
         messages, self.messages = self.messages, []
         self.size = 0
+        if not messages:
+            self._write(None)
+            return
+        ids = [m.id for m in messages]
+        headers: list[Headers] = [m.headers for m in messages]
+        self._write(Columns(
+            [m.subject for m in messages], [m.data for m in messages],
+            ids if any(ids) else None, headers if any(headers) else None,
+        ))  # fmt: skip
+
+    def _write(self, columns: Columns | None) -> None:
+        """Store the block of `parts`. On failure its requests get the error, and it goes on to those behind it."""
+        parts, self.parts = self.parts, []
         try:
-            if messages:
-                ids = [m.id for m in messages]
-                headers: list[Headers] = [m.headers for m in messages]
-                columns = Columns(
-                    [m.subject for m in messages], [m.data for m in messages],
-                    ids if any(ids) else None, headers if any(headers) else None,
-                )  # fmt: skip
+            if columns is not None:
                 self.journal.commit(columns)
         except MistError as exc:
             for request, _ in parts:

@@ -152,9 +152,9 @@ def encode_block(columns: Columns, *, base: int, time_ns: int, chain: int, seed:
     else:
         numbers = {s: i for i, s in enumerate(distinct)}
         if len(distinct) <= 256:
-            index = bytes([numbers[s] for s in subjects])
+            index = bytes(map(numbers.__getitem__, subjects))
         else:
-            index = array("H", [numbers[s] for s in subjects]).tobytes()
+            index = array("H", map(numbers.__getitem__, subjects)).tobytes()
     meta = _encode((distinct, index, columns.ids, columns.headers))
     data = _encode(columns.datas)
     rest = _AFTER_CRC.pack(VERSION, 0, 0, count, len(meta), len(data), chain, base, time_ns)
