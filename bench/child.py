@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import select
 import struct
 import sys
@@ -43,7 +42,9 @@ async def replay(path: str, count: int) -> None:
             codec.decode(record.data)
             n += 1
         assert n >= count
-    say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # not ru_maxrss: that one starts from what the parent had when it forked
+    status = Path("/proc/self/status").read_text().splitlines()
+    say(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
 
 
 async def consume(path: str, name: str) -> None:
@@ -98,11 +99,15 @@ async def send(path: str, count: int) -> None:
             await stream.append([Message("trace.span", stamp + body, f"{i:032x}")])
 
 
-def follow_bare(path: str, count: int) -> None:
+def follow_bare(path: str, count: int, synced: bool) -> None:
+    """`synced`: woken by the mark that is written after the sync, as a follower of durable records must be; otherwise
+    by the write itself, before it is durable."""
     file = Path(path, "log")
     file.touch()
     fd = os.open(file, os.O_RDONLY)
-    watch = _inotify(str(Path(path, "log")))
+    mark = Path(path, "mark")
+    mark.touch()
+    watch = _inotify(str(mark if synced else file))
     poll = select.poll()
     poll.register(watch, select.POLLIN)
     say("ready")
@@ -123,13 +128,15 @@ def follow_bare(path: str, count: int) -> None:
 def send_bare(path: str, count: int) -> None:
     body = encoded(1)
     fd = os.open(Path(path, "log"), os.O_WRONLY | os.O_APPEND)
+    mark = os.open(Path(path, "mark"), os.O_WRONLY | os.O_CREAT)
     due = time.perf_counter()
-    for _ in range(count):
+    for i in range(count):
         due += 0.001
         if (left := due - time.perf_counter()) > 0:
             time.sleep(left)
         os.write(fd, time.perf_counter_ns().to_bytes(8, "little") + body)
         os.fdatasync(fd)
+        os.pwrite(mark, i.to_bytes(8, "little"), 0)
 
 
 def main() -> None:
@@ -144,8 +151,8 @@ def main() -> None:
         asyncio.run(follow(path, int(rest[0])))
     elif role == "send":
         asyncio.run(send(path, int(rest[0])))
-    elif role == "follow-bare":
-        follow_bare(path, int(rest[0]))
+    elif role in ("follow-bare", "follow-unsynced"):
+        follow_bare(path, int(rest[0]), role == "follow-bare")
     elif role == "send-bare":
         send_bare(path, int(rest[0]))
 

@@ -28,13 +28,16 @@ def run(board: Board, base: Path, rounds: int, scale: float) -> None:
     count = int(3000 * scale) or 500
     ours: list[tuple[float, float]] = []
     bare: list[tuple[float, float]] = []
+    early: list[tuple[float, float]] = []
     for _ in range(rounds):
         ours.append(_pair("follow", "send", base, count))
         bare.append(_pair("follow-bare", "send-bare", base, count))
+        early.append(_pair("follow-unsynced", "send-bare", base, count))
     for q, at in (("p50", 0), ("p99", 1)):
         mine, peer = [v[at] for v in ours], [v[at] for v in bare]
         board.row(SUBJECT, f"mist log, {q}", mine, "us")
-        board.row(SUBJECT, f"write + fdatasync + inotify, {q}", peer, "us")
+        board.row(SUBJECT, f"write + fdatasync + mark, inotify on the mark, {q}", peer, "us")
+        board.row(SUBJECT, f"woken before the sync (not durable when seen), {q}", [v[at] for v in early], "us")
         board.verdict(
             SUBJECT, f"{q}, of the bare loop", statistics.median(a / b for a, b in zip(mine, peer, strict=True)), 3.0,
             at_least=False,
