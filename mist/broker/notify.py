@@ -34,7 +34,9 @@ class Notifier:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.add(waiter)
         try:
-            await asyncio.wait_for(waiter, timeout_s)
+            # not wait_for: before Python 3.12 it swallows a cancellation that comes together with the result
+            async with asyncio.timeout(timeout_s):
+                await waiter
         except TimeoutError:
             return False
         finally:
