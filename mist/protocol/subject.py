@@ -133,11 +133,21 @@ def check_filter(pattern: str) -> str:
         if token == "*" or (token == ">" and i == len(tokens) - 1):
             continue
         ok = ok and bool(token) and not _TOKEN_BAD.search(token)
-    if not ok:
+    if not ok or not _has_utf8(pattern):
         raise InvalidArgument(
             f"not a subject filter: {pattern[:80]!r}", hint="`*` stands for one token, `>` at the end for the rest"
         )
     return pattern
+
+
+def _has_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def subject_for(type: str, *qualifiers: str) -> str:
@@ -168,6 +178,8 @@ def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool] | None:
 
 def matcher(patterns: Sequence[str]) -> Callable[[str], bool] | None:
     """A predicate over subjects for these filters, or None when every subject matches."""
+    if isinstance(patterns, str):  # a sequence of one-letter filters to Python, never what was meant
+        raise InvalidArgument(f"subjects={patterns!r} is one text", hint=f"use ({patterns!r},)")
     return _matcher(tuple(patterns))
 
 
