@@ -2,14 +2,15 @@
 
 They lie in the stream `<stream>--dead`: data, id and headers of the original, and headers that say where it came from.
 The id is made from stream, incarnation, sequence and consumer, so that writing one twice (a crash between the dead
-letter and the ack) stores it once within the window.
+letter and the ack) stores it once within the window. Original headers that would not fit beside ours are left out and
+counted, because a dead letter that cannot be written would stop its consumer for ever.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mist.broker.base import Broker, Headers, Message, Record, header
+from mist.broker.base import HEADERS_BYTES_MAX, Broker, Headers, Message, Record, header
 from mist.protocol.subject import dead_stream
 
 STREAM = "Mist-Stream"
@@ -18,15 +19,16 @@ CONSUMER = "Mist-Consumer"
 ATTEMPTS = "Mist-Attempts"
 REASON = "Mist-Reason"
 ORIGINAL_ID = "Mist-Id"
-OURS = frozenset({STREAM, SEQUENCE, CONSUMER, ATTEMPTS, REASON, ORIGINAL_ID})
+HEADERS_DROPPED = "Mist-Headers-Dropped"
+OURS = frozenset({STREAM, SEQUENCE, CONSUMER, ATTEMPTS, REASON, ORIGINAL_ID, HEADERS_DROPPED})
 REASON_CHARS_MAX = 2000
+_COUNTER_CHARS = len(HEADERS_DROPPED) + 6
 
 
 def dead_letter(record: Record, *, stream: str, incarnation: str, consumer: str, attempts: int, reason: str) -> Message:
     """The message to append to `<stream>--dead`. Control characters of the reason become spaces."""
     text = "".join(c if c.isprintable() else " " for c in reason[:REASON_CHARS_MAX])
-    headers: Headers = (
-        *((k, v) for k, v in record.headers if k not in OURS),
+    ours: Headers = (
         (STREAM, stream),
         (SEQUENCE, str(record.sequence)),
         (CONSUMER, consumer),
@@ -34,7 +36,20 @@ def dead_letter(record: Record, *, stream: str, incarnation: str, consumer: str,
         (REASON, text or "no reason given"),
         (ORIGINAL_ID, record.id),
     )
-    return Message(record.subject, record.data, f"dead:{incarnation}:{record.sequence}:{consumer}", headers)
+    room = HEADERS_BYTES_MAX - sum(len(k) + len(v) for k, v in ours) - _COUNTER_CHARS
+    kept: list[tuple[str, str]] = []
+    dropped = 0
+    for key, value in record.headers:
+        if key in OURS:
+            continue
+        if len(key) + len(value) > room:
+            dropped += 1
+            continue
+        room -= len(key) + len(value)
+        kept.append((key, value))
+    if dropped:
+        ours = (*ours, (HEADERS_DROPPED, str(dropped)))
+    return Message(record.subject, record.data, f"dead:{incarnation}:{record.sequence}:{consumer}", (*kept, *ours))
 
 
 async def bury(broker: Broker, letters: Sequence[Message], *, stream: str) -> None:
