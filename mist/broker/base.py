@@ -16,6 +16,8 @@ a Broker belongs to the event loop it was connected on.
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
@@ -37,11 +39,14 @@ BYTES_MAX = 8 * 1024 * 1024
 RECORD_BYTES_MAX = 11 * 1024 * 1024
 ID_BYTES_MAX = 256
 HEADERS_BYTES_MAX = 64 * 1024
+SEQUENCE_MAX = 2**63 - 1
+"""Positions above are refused as InvalidArgument: no store can hold them."""
 ALL = (">",)
 
 
 class Message(Struct, frozen=True, gc=False):
-    """To be written. `id` de-duplicates within the stream's window; empty = never a duplicate."""
+    """To be written. `id` de-duplicates within the stream's window; empty = never a duplicate. Everything comes back
+    exactly as it was given; what cannot (`check_messages`) is refused."""
 
     subject: str
     data: bytes
@@ -91,6 +96,7 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     conditional_append: bool = True
     """`expected_last` is honoured."""
     dedupe: bool = True
+    """Undeclared: ids are stored but never compared, and a dedupe window in StreamConfig is refused."""
     consumers: bool = True
     checkpoints: bool = True
     trim: bool = True
@@ -147,8 +153,8 @@ class StreamConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
             "segment_age_s",
         ):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InvalidArgument(f"stream configuration: {name}={value} is negative")
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise InvalidArgument(f"stream configuration: {name}={value} is not a number >= 0")
         return self
 
 
@@ -156,7 +162,8 @@ DEFAULTS = StreamConfig(
     age_s_max=0, bytes_max=0, records_max=0, full="drop_oldest", dedupe_window_s=120.0, dedupe_ids_max=100_000,
     segment_bytes=64 * 1024 * 1024, segment_age_s=0,
 )  # fmt: skip
-"""0 = no limit. `durability` has no default here: every backend states its own."""
+"""0 = no limit; a dedupe window of 0 s or 0 ids = no de-duplication. `durability` has no default here: every backend
+states its own."""
 
 
 class StreamInfo(Struct, frozen=True, kw_only=True):
@@ -209,14 +216,20 @@ class ConsumerConfig(Struct, frozen=True, kw_only=True):
     def validate(self) -> ConsumerConfig:
         for pattern in self.subjects:
             check_filter(pattern)
-        if self.after < 0 or self.ack_wait_s <= 0 or self.attempts_max < 0 or self.pending_max < 1 or not self.subjects:
+        if (
+            not 0 <= self.after <= SEQUENCE_MAX
+            or not (self.ack_wait_s > 0 and math.isfinite(self.ack_wait_s))
+            or self.attempts_max < 0
+            or self.pending_max < 1
+            or not self.subjects
+        ):
             raise InvalidArgument(f"consumer configuration cannot be right: {self}")
         return self
 
 
 class ConsumerInfo(Struct, frozen=True, kw_only=True):
     """`floor`: everything up to it is settled. `delivered`: the highest sequence ever handed out or passed over.
-    `pending`: handed out, not settled. `redelivered`: pending ones with attempt > 1. `lag`: undelivered and pending
+    `pending`: handed out, not settled (given back ones too). `redelivered`: pending ones with attempt > 1. `lag`: undelivered and pending
     records (for a filtered consumer unscanned records count whether they match or not). `lag_s`: age of the oldest
     undelivered record, 0 when there is none."""
 
@@ -284,7 +297,8 @@ class Broker(ABC):
 
     @abstractmethod
     async def open(self, name: str, *, create: bool = True, config: StreamConfig | None = None) -> Stream:
-        """The stream of that name, made when absent and `create`. Opening again gives an equal handle.
+        """The stream of that name, made when absent and `create`. Opening again gives another handle on the
+        same stream (same name and incarnation).
 
         Raises NotFound (absent, not create), Conflict (exists with other settings than asked for),
         InvalidArgument (not a stream name).
@@ -296,7 +310,8 @@ class Broker(ABC):
 
     @abstractmethod
     async def delete(self, name: str) -> None:
-        """Remove the stream, its consumers and its checkpoints. Raises NotFound. Open handles raise NotFound after."""
+        """Remove the stream, its consumers and its checkpoints, not its dead letters. Raises NotFound. Open handles
+        raise NotFound after, waiting ones at once."""
 
     @abstractmethod
     async def ping(self) -> float:
@@ -352,8 +367,8 @@ class Stream(ABC):
         """One page of the records after `after` (exclusive), oldest first, at most `limit` of them.
 
         A page's data stays within `bytes_max`, but holds at least one record where one matches. At the end it waits up
-        to `wait_s` for a record, then returns an empty page. A filtered page may be empty before the end: go on with
-        `scanned`. Pure: cancelling it loses nothing, the same `after` gives the same records.
+        to `wait_s` for a record (below 0: not at all; infinity: until there is one), then returns an empty page. A
+        filtered page may be empty before the end: go on with `scanned`. Pure: cancelling it loses nothing, the same `after` gives the same records.
         Raises SequenceExpired, CursorAhead, DataLoss (when the first record to return is damaged; records before the
         damage are returned first).
         """
@@ -369,7 +384,8 @@ class Stream(ABC):
     async def trim(self, *, before: int) -> int:
         """Remove the records below sequence `before`; returns how many went. Never makes room in the numbering.
 
-        Raises CursorAhead when `before` is beyond last + 1.
+        Consumers pass over what is gone: it is neither pending nor lag. Raises CursorAhead when `before` is beyond
+        last + 1.
         """
 
     @abstractmethod
@@ -380,7 +396,8 @@ class Stream(ABC):
     async def consumer(self, name: str, config: ConsumerConfig | None = None, *, create: bool = True) -> Consumer:
         """The durable consumer of that name, made when absent and `create`.
 
-        Raises NotFound, Conflict (exists with another configuration than asked for), CursorAhead (config.after).
+        Raises NotFound, Conflict (exists with another configuration than asked for), CursorAhead (config.after),
+        InvalidArgument (also where the stream's name leaves no room for `--dead`: `dead_stream` would raise later).
         """
 
     @abstractmethod
@@ -405,7 +422,8 @@ class Consumer(ABC):
 
     @abstractmethod
     async def ack(self, deliveries: Sequence[Delivery]) -> int:
-        """Settle them. Returns how many were still ours; a stale token is a no-op. Final."""
+        """Settle them. Returns how many were still ours; a stale or unknown token is a no-op, a delivery given twice
+        counts once. Final."""
 
     @abstractmethod
     async def nak(self, deliveries: Sequence[Delivery], *, delay_s: float = 0.0) -> int:
@@ -429,7 +447,8 @@ class Consumer(ABC):
 
     @abstractmethod
     async def seek(self, after: int) -> None:
-        """Forget all delivery state and go on after `after`. Older deliveries become stale. Raises CursorAhead."""
+        """Forget all delivery state and go on after `after`, or with the first kept record where that is later. Older
+        deliveries become stale. Raises CursorAhead."""
 
     @abstractmethod
     async def delete(self) -> None:
@@ -457,14 +476,13 @@ def check_columns(
         raise TooLarge(f"message {i}: data", size_bytes=big, size_bytes_max=size_bytes_max)
     for subject in set(subjects):
         check_subject(subject)
-    if max(map(len, ids)) > ID_BYTES_MAX // 4 or not "".join(ids).isascii():
+    # one look at all ids together decides nearly every batch
+    if max(map(len, ids)) > ID_BYTES_MAX // 4 or not plain("".join(ids)):
         for i, id in enumerate(ids):
-            try:
-                size = len(id.encode())
-            except UnicodeEncodeError as exc:
-                raise InvalidArgument(f"message {i}: id holds a lone surrogate, it has no UTF-8 form") from exc
-            if size > ID_BYTES_MAX:
-                raise InvalidArgument(f"message {i}: id is longer than {ID_BYTES_MAX} bytes")
+            if not _text(id) or len(id.encode()) > ID_BYTES_MAX:
+                raise InvalidArgument(
+                    f"message {i}: id {id[:40]!r} holds CR, LF, NUL or a lone surrogate, or is longer than {ID_BYTES_MAX} bytes"
+                )
     if any(headers):
         for i, h in enumerate(headers):
             if h:
@@ -472,16 +490,56 @@ def check_columns(
 
 
 def check_headers(headers: Headers, position: int = 0) -> None:
+    """Raise InvalidArgument for headers that could not come back as they are, or break a wire."""
     size = 0
     for key, value in headers:
-        if not key or any(c in "\r\n\x00:" for c in key) or any(c in "\r\n\x00" for c in value):
-            raise InvalidArgument(f"message {position}: header {key[:40]!r} holds CR, LF, NUL or a colon in its name")
-        try:
-            size += len(key.encode()) + len(value.encode())
-        except UnicodeEncodeError as exc:
-            raise InvalidArgument(f"message {position}: a header holds a lone surrogate") from exc
+        if not key or ":" in key or not _text(key) or not _text(value):
+            raise InvalidArgument(
+                f"message {position}: header {key[:40]!r} holds CR, LF, NUL, a lone surrogate, or a colon in its name"
+            )
+        size += len(key.encode()) + len(value.encode())
     if size > HEADERS_BYTES_MAX:
         raise InvalidArgument(f"message {position}: headers of {size} bytes (max {HEADERS_BYTES_MAX})")
+
+
+_BREAK = re.compile("[\\r\\n\\x00]")
+
+
+def plain(text: str) -> bool:
+    """Whether it is ASCII without CR, LF and NUL: then it may be an id or a header value."""
+    return text.isascii() and "\n" not in text and "\r" not in text and "\x00" not in text
+
+
+def _text(text: str) -> bool:
+    """Whether it can be a header value or an id: one line that has a UTF-8 form."""
+    if _BREAK.search(text):
+        return False
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_position(value: int, what: str = "after") -> None:
+    """Raise InvalidArgument for a position no stream can have: negative, or above SEQUENCE_MAX."""
+    if not 0 <= value <= SEQUENCE_MAX:
+        raise InvalidArgument(f"{what}={value} is not a position (0 to {SEQUENCE_MAX})")
+
+
+def check_read(*, after: int = 0, limit: int, bytes_max: int, wait_s: float) -> None:
+    """What every `read` and `fetch` checks before it looks at anything. Raises InvalidArgument."""
+    check_position(after)
+    if limit < 1 or bytes_max < 1 or wait_s != wait_s:
+        raise InvalidArgument(f"limit={limit}, bytes_max={bytes_max}, wait_s={wait_s} cannot be right")
+
+
+def check_delay(delay_s: float) -> None:
+    """What every `nak` checks. Raises InvalidArgument."""
+    if not (delay_s >= 0 and math.isfinite(delay_s)):
+        raise InvalidArgument(f"delay_s={delay_s} cannot be right")
 
 
 def header(headers: Headers, name: str, default: str = "") -> str:

@@ -5,7 +5,7 @@ Adapters store; these functions decide. A checkpoint never goes back and never c
 
 from __future__ import annotations
 
-from mist.broker.base import Checkpoint
+from mist.broker.base import SEQUENCE_MAX, Checkpoint
 from mist.errors import CheckpointRegression, InvalidArgument, WrongIncarnation
 from mist.protocol.subject import check_name, check_stream
 
@@ -13,8 +13,10 @@ from mist.protocol.subject import check_name, check_stream
 def check_save(checkpoint: Checkpoint) -> None:
     check_stream(checkpoint.stream)
     check_name(checkpoint.name)
-    if checkpoint.sequence < 0 or not checkpoint.incarnation:
-        raise InvalidArgument(f"checkpoint {checkpoint.name}: needs a sequence >= 0 and an incarnation")
+    if not 0 <= checkpoint.sequence <= SEQUENCE_MAX:
+        raise InvalidArgument(f"checkpoint {checkpoint.name}: needs a sequence from 0 to {SEQUENCE_MAX}")
+    if not checkpoint.incarnation or not checkpoint.incarnation.isprintable():
+        raise InvalidArgument(f"checkpoint {checkpoint.name}: needs the incarnation of its stream")
 
 
 def check_advance(stored: Checkpoint, new: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 
-from mist.broker.base import RECORD_BYTES_MAX, Headers, Message, check_columns, check_messages
+from mist.broker.base import RECORD_BYTES_MAX, Headers, Message, check_columns, check_messages, plain
 from mist.broker.notify import Notifier
 from mist.errors import Ambiguous, Closed, Internal, Locked, MistError, PartialAppend, Unavailable, WrongSequence
 from mist.log.format import BLOCK_DATA_MAX, BLOCK_RECORDS_MAX, Columns
@@ -91,7 +91,7 @@ class Committer:
         if len(messages) == 1:
             message = messages[0]
             size = len(message.data)
-            if message.headers or len(message.id) > 64 or size > RECORD_BYTES_MAX or not message.id.isascii():
+            if message.headers or len(message.id) > 64 or size > RECORD_BYTES_MAX or not plain(message.id):
                 check_messages(messages, RECORD_BYTES_MAX)
             else:
                 check_subject(message.subject)
