@@ -1,16 +1,20 @@
 """`memory:` — the reference broker: the whole contract in one process, nothing on disk.
 
-`memory:` is a new store per connect, `memory:NAME` is shared by every connect in this process, from any thread.
-Durability is `memory` and cannot be asked to be more. State lives behind one lock; nothing awaits while holding it.
+`memory:` is a new store per connect, `memory:NAME` is shared by every connect in this process, from any thread, and
+lives as long as the process. Durability is `memory` and cannot be asked to be more. State lives behind one lock;
+nothing awaits while holding it. Does not: keep segments (their settings are kept with the stream and have no effect).
 """
 
 from __future__ import annotations
 
+import asyncio
+import heapq
 import secrets
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -20,6 +24,7 @@ from mist.broker.base import (
     BYTES_MAX,
     DEFAULTS,
     RECORD_BYTES_MAX,
+    SEQUENCE_MAX,
     Broker,
     Capabilities,
     Checkpoint,
@@ -36,7 +41,10 @@ from mist.broker.base import (
     StreamConfig,
     StreamInfo,
     Verification,
+    check_delay,
     check_messages,
+    check_position,
+    check_read,
 )
 from mist.broker.checkpoint import check_advance, check_save
 from mist.broker.clock import SYSTEM, Clock
@@ -52,12 +60,14 @@ from mist.errors import (
     StorageFull,
     WrongSequence,
 )
-from mist.protocol.subject import check_name, check_stream, matcher
+from mist.protocol.subject import check_name, check_stream, dead_stream, matcher
 from mist.protocol.url import Url
 
 CAPABILITIES = Capabilities(threads=True, verify=True)
 _DEFAULTS = replace(DEFAULTS, durability="memory")
 _SCAN_MAX = 100_000
+"""How many records one look under the lock passes over; a filtered read may then return an empty page."""
+_EXHAUSTED = "attempts used up"
 
 
 class _Lease(Struct):
@@ -69,11 +79,44 @@ class _Lease(Struct):
 
 
 class _ConsumerState:
+    """Delivery state. `leases` is in order of sequence: new ones only ever join at the end."""
+
     def __init__(self, config: ConsumerConfig) -> None:
         self.config = config
+        self.match = matcher(config.subjects)
         self.delivered = config.after
-        self.leases: dict[int, _Lease] = {}
+        self.leases: OrderedDict[int, _Lease] = OrderedDict()
+        self.queue: list[tuple[float, int]] = []
         self.deleted = False
+
+    def set_due(self, sequence: int, lease: _Lease, due: float) -> None:
+        lease.due = due
+        heapq.heappush(self.queue, (due, sequence))
+        if len(self.queue) > 2 * len(self.leases) + 1000:  # entries of settled leases stay until they come up
+            self.queue = [(v.due, s) for s, v in self.leases.items()]
+            heapq.heapify(self.queue)
+
+    def forget_below(self, first: int) -> None:
+        """Settle what was trimmed or expired away: it can neither be delivered nor hold up the others."""
+        while self.leases and next(iter(self.leases)) < first:
+            self.leases.popitem(last=False)
+        self.delivered = max(self.delivered, first - 1)
+
+    def overdue(self, now: float) -> list[int]:
+        """The sequences that may be handed out again, in order. They leave the queue: set_due puts them back."""
+        found: set[int] = set()
+        while self.queue and (self.queue[0][0] <= now or not self._valid(self.queue[0])):
+            entry = heapq.heappop(self.queue)
+            if self._valid(entry):
+                found.add(entry[1])
+        return sorted(found)
+
+    def next_due(self) -> float | None:
+        return self.queue[0][0] if self.queue else None
+
+    def _valid(self, entry: tuple[float, int]) -> bool:
+        lease = self.leases.get(entry[1])
+        return lease is not None and lease.due == entry[0]
 
 
 class _StreamState:
@@ -85,6 +128,7 @@ class _StreamState:
         self.records: list[Record] = []
         self.first = 1
         self.last = 0
+        self.time_ns = 0
         self.bytes = 0
         self.ids: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self.consumers: dict[str, _ConsumerState] = {}
@@ -155,6 +199,7 @@ class MemoryBroker(Broker):
 
     async def delete(self, name: str) -> None:
         self.check_open()
+        check_stream(name)
         with self._store.lock:
             state = self._store.streams.pop(name, None)
             if state is None:
@@ -203,7 +248,7 @@ class MemoryStream(Stream):
         state = self._state
         with self._store.lock:
             self._check()
-            now = max(self._store.clock.time_ns(), state.records[-1].timestamp_ns if state.records else 0)
+            now = self._now()
             self._expire_ids(now)
             out: list[int] = []
             fresh: dict[str, int] = {}
@@ -220,24 +265,30 @@ class MemoryStream(Stream):
                     fresh[m.id] = sequence
             if new and expected_last is not None and expected_last != state.last:
                 raise WrongSequence(expected=expected_last, last=state.last, stream=self.name)
+            self._retain()  # what is too old anyway must not count as room taken
             self._make_room(new)
+            state.time_ns = now
             state.records.extend(new)
             state.last += len(new)
             state.bytes += sum(_size(r) for r in new)
             for id, sequence in fresh.items():
                 state.ids[id] = (sequence, now)
             self._expire_ids(now)
-            self._retain(now)
+            self._retain()
         if new:
             state.changed.notify()
         return out
 
+    def _now(self) -> int:
+        """Record time: the wall clock, except that it never goes back (also not behind trimmed records)."""
+        return max(self._store.clock.time_ns(), self._state.time_ns)
+
     def _expire_ids(self, now: int) -> None:
         config, ids = self._state.config, self._state.ids
-        oldest = now - int((config.dedupe_window_s or 0) * 1e9)
+        window_ns, most = int((config.dedupe_window_s or 0) * 1e9), config.dedupe_ids_max or 0
         while ids:
             key = next(iter(ids))
-            if len(ids) <= (config.dedupe_ids_max or 0) and ids[key][1] >= oldest:
+            if window_ns and len(ids) <= most and ids[key][1] >= now - window_ns:
                 break
             del ids[key]
 
@@ -251,19 +302,19 @@ class MemoryStream(Stream):
                 f"stream {self.name} is full", hint="trim it, or let it drop the oldest (full=drop_oldest)"
             )
 
-    def _retain(self, now: int) -> None:
+    def _retain(self) -> None:
         state, config = self._state, self._state.config
         drop = 0
         total = len(state.records)
         if config.records_max:
             drop = max(drop, total - config.records_max)
-        if config.bytes_max:
+        if config.bytes_max and state.bytes > config.bytes_max:
             kept = state.bytes - sum(_size(r) for r in state.records[:drop])
             while kept > config.bytes_max and drop < total:
                 kept -= _size(state.records[drop])
                 drop += 1
         if config.age_s_max:
-            oldest = now - int(config.age_s_max * 1e9)
+            oldest = self._now() - int(config.age_s_max * 1e9)
             while drop < total and state.records[drop].timestamp_ns < oldest:
                 drop += 1
         if drop:
@@ -274,6 +325,9 @@ class MemoryStream(Stream):
         state.bytes -= sum(_size(r) for r in state.records[:count])
         state.first = state.records[count].sequence if count < len(state.records) else state.last + 1
         del state.records[:count]
+        for consumer in state.consumers.values():
+            consumer.forget_below(state.first)
+        state.changed.notify()  # a fetch held up by pending_max may go on
 
     async def read(
         self,
@@ -284,29 +338,28 @@ class MemoryStream(Stream):
         bytes_max: int = BYTES_MAX,
         wait_s: float = 0.0,
     ) -> Page:
+        check_read(after=after, limit=limit, bytes_max=bytes_max, wait_s=wait_s)
         match = matcher(subjects)
-        if limit < 1 or bytes_max < 1 or after < 0:
-            raise InvalidArgument(f"read: limit={limit}, bytes_max={bytes_max}, after={after} cannot be right")
         clock = self._store.clock
         until = clock.monotonic() + wait_s
         while True:
             generation = self._state.changed.generation
             with self._store.lock:
                 self._check()
-                self._retain(clock.time_ns())
+                self._retain()
                 page = self._page(after, match, limit, bytes_max)
             if page.records or wait_s <= 0:
                 return page
-            if page.scanned > after:
-                after = page.scanned  # nothing here matched; what was passed over needs no second look
+            after = page.scanned  # nothing here matched; what was passed over needs no second look
             left = until - clock.monotonic()
-            if page.scanned < page.last:
-                continue
             if left <= 0:
                 return page
-            await self._state.changed.wait(generation, left)
+            if page.scanned < page.last:
+                await asyncio.sleep(0)  # a long scan, in turns with everybody else
+            else:
+                await self._state.changed.wait(generation, left)
 
-    def _page(self, after: int, match: object, limit: int, bytes_max: int) -> Page:
+    def _page(self, after: int, match: Callable[[str], bool] | None, limit: int, bytes_max: int) -> Page:
         state = self._state
         if after > state.last:
             raise CursorAhead(after=after, last=state.last, stream=self.name)
@@ -316,8 +369,9 @@ class MemoryStream(Stream):
         size = 0
         scanned = after
         at = after + 1 - state.first
-        for record in state.records[at : at + _SCAN_MAX]:
-            if match is None or match(record.subject):  # type: ignore[operator]
+        for i in range(at, min(len(state.records), at + _SCAN_MAX)):
+            record = state.records[i]
+            if match is None or match(record.subject):
                 size += len(record.data)
                 if out and size > bytes_max:
                     break
@@ -330,7 +384,7 @@ class MemoryStream(Stream):
     async def info(self) -> StreamInfo:
         with self._store.lock:
             self._check()
-            self._retain(self._store.clock.time_ns())
+            self._retain()
             s = self._state
             return StreamInfo(
                 name=s.name, incarnation=s.incarnation, first=s.first, last=s.last, records=len(s.records),
@@ -341,11 +395,13 @@ class MemoryStream(Stream):
     async def locate(self, time_ns: int) -> int:
         with self._store.lock:
             self._check()
+            self._retain()
             records = self._state.records
             at = bisect_left(records, time_ns, key=lambda r: r.timestamp_ns)
             return records[at].sequence if at < len(records) else self._state.last + 1
 
     async def trim(self, *, before: int) -> int:
+        check_position(before, "before")
         with self._store.lock:
             self._check()
             state = self._state
@@ -359,11 +415,13 @@ class MemoryStream(Stream):
     async def verify(self) -> Verification:
         with self._store.lock:
             self._check()
+            self._retain()
             s = self._state
             return Verification(records=len(s.records), bytes=s.bytes, first=s.first, last=s.last, damage=[])
 
     async def consumer(self, name: str, config: ConsumerConfig | None = None, *, create: bool = True) -> MemoryConsumer:
         check_name(name)
+        dead_stream(self.name)  # a name that leaves no room for dead letters must fail now, not at the first bad record
         if config is not None:
             config.validate()
         with self._store.lock:
@@ -401,8 +459,7 @@ class MemoryConsumer(Consumer):
             raise NotFound(f"consumer {self.name} of stream {self.stream} was deleted")
 
     async def fetch(self, *, limit: int = 256, bytes_max: int = BYTES_MAX, wait_s: float = 0.0) -> list[Delivery]:
-        if limit < 1 or bytes_max < 1:
-            raise InvalidArgument(f"fetch: limit={limit}, bytes_max={bytes_max} cannot be right")
+        check_read(limit=limit, bytes_max=bytes_max, wait_s=wait_s)
         clock = self._store.clock
         until = clock.monotonic() + wait_s
         changed = self._stream._state.changed
@@ -410,106 +467,134 @@ class MemoryConsumer(Consumer):
             generation = changed.generation
             with self._store.lock:
                 self._check()
-                out, exhausted, due = self._take(limit, bytes_max)
+                self._stream._retain()
+                # The exhausted first and alone: burying awaits, and a delivery must never be held over an await
+                exhausted = self._take_exhausted()
+                if not exhausted:
+                    out, at_end = self._take(limit, bytes_max)
+                    due = self._state.next_due()
             if exhausted:
-                await self._bury(exhausted, "attempts used up")
+                await self._bury(exhausted, _EXHAUSTED)
+                continue
+            if out:
+                return out
+            if not at_end:
+                await asyncio.sleep(0)  # a long scan, in turns with everybody else
                 continue
             left = until - clock.monotonic()
-            if out or left <= 0:
-                return out
-            await changed.wait(generation, min(left, max(due - clock.monotonic(), 0.0)) if due else left)
+            if left <= 0:
+                return []
+            await changed.wait(generation, left if due is None else min(left, max(due - clock.monotonic(), 0.0)))
 
-    def _take(self, limit: int, bytes_max: int) -> tuple[list[Delivery], list[Delivery], float]:
-        """Deliveries, records out of attempts (leased to us until they are buried), and when the next lease is due."""
-        state, stream, config = self._state, self._stream._state, self.config
-        now = self._store.clock.monotonic()
+    def _take_exhausted(self) -> list[Delivery]:
+        """Overdue records out of attempts, leased to us until they are buried."""
+        state, now = self._state, self._store.clock.monotonic()
         out: list[Delivery] = []
-        exhausted: list[Delivery] = []
-        next_due = 0.0
-        size = 0
-        for sequence in sorted(state.leases):
+        for sequence in state.overdue(now):
             lease = state.leases[sequence]
-            if sequence < stream.first:
-                del state.leases[sequence]  # trimmed away under us
-                continue
-            if lease.due > now:
-                next_due = min(next_due or lease.due, lease.due)
-                continue
+            if self._spent(lease):
+                out.append(self._lease(sequence, lease, now))
+            else:
+                state.set_due(sequence, lease, lease.due)
+        return out
+
+    def _take(self, limit: int, bytes_max: int) -> tuple[list[Delivery], bool]:
+        """Deliveries, and whether everything was looked at."""
+        state, stream, now = self._state, self._stream._state, self._store.clock.monotonic()
+        out: list[Delivery] = []
+        size = 0
+        full = False
+        for sequence in state.overdue(now):
+            lease = state.leases[sequence]
             record = stream.records[sequence - stream.first]
-            if config.attempts_max and lease.attempt >= config.attempts_max:
-                lease.token, lease.due = self._token(), now + config.ack_wait_s
-                exhausted.append(Delivery(record, lease.attempt, f"{sequence}.{lease.token}"))
+            full = full or len(out) >= limit or bool(out and size + len(record.data) > bytes_max)
+            if full:
+                state.set_due(sequence, lease, lease.due)
                 continue
-            if len(out) >= limit or (out and size + len(record.data) > bytes_max):
-                break
             size += len(record.data)
-            out.append(self._lease(record, lease.attempt + 1, now))
-        after = max(state.delivered, stream.first - 1)
-        match = matcher(config.subjects)
-        room = config.pending_max - len(state.leases)
-        for record in stream.records[after + 1 - stream.first :]:
-            if match is None or match(record.subject):
+            lease.attempt += 1
+            out.append(self._lease(sequence, lease, now))
+        if full:
+            return out, True
+        room = state.config.pending_max - len(state.leases)
+        at = max(state.delivered, stream.first - 1) + 1 - stream.first
+        end = min(len(stream.records), at + _SCAN_MAX)
+        for i in range(at, end):
+            record = stream.records[i]
+            if state.match is None or state.match(record.subject):
                 if len(out) >= limit or room <= 0 or (out and size + len(record.data) > bytes_max):
-                    break
+                    return out, True
                 size += len(record.data)
                 room -= 1
-                out.append(self._lease(record, 1, now))
+                lease = state.leases[record.sequence] = _Lease(1, 0.0, 0)
+                out.append(self._lease(record.sequence, lease, now))
             state.delivered = record.sequence
-        return out, exhausted, next_due
+        return out, end == len(stream.records)
+
+    def _spent(self, lease: _Lease) -> bool:
+        return 0 < self.config.attempts_max <= lease.attempt
 
     def _token(self) -> int:
         self._store.tokens += 1
         return self._store.tokens
 
-    def _lease(self, record: Record, attempt: int, now: float) -> Delivery:
-        token = self._token()
-        self._state.leases[record.sequence] = _Lease(attempt, now + self.config.ack_wait_s, token)
-        return Delivery(record, attempt, f"{record.sequence}.{token}")
+    def _lease(self, sequence: int, lease: _Lease, now: float) -> Delivery:
+        """Hand a lease out under a new token, for `ack_wait_s`."""
+        lease.token = self._token()
+        self._state.set_due(sequence, lease, now + self.config.ack_wait_s)
+        record = self._stream._state.records[sequence - self._stream._state.first]
+        return Delivery(record, lease.attempt, f"{sequence}.{lease.token}")
 
-    def _ours(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        leases = self._state.leases
-        out = []
+    def _ours(self, deliveries: Sequence[Delivery]) -> dict[int, _Lease]:
+        """Their leases by sequence, as far as the tokens are the current ones."""
+        out: dict[int, _Lease] = {}
         for d in deliveries:
-            lease = leases.get(d.record.sequence)
+            lease = self._state.leases.get(d.record.sequence)
             if lease is not None and lease.token and d.token == f"{d.record.sequence}.{lease.token}":
-                out.append(d)
+                out[d.record.sequence] = lease
         return out
 
     async def ack(self, deliveries: Sequence[Delivery]) -> int:
         with self._store.lock:
             self._check()
             ours = self._ours(deliveries)
-            for d in ours:
-                self._state.leases.pop(d.record.sequence, None)
+            for sequence in ours:
+                del self._state.leases[sequence]
         if ours:
             self._stream._state.changed.notify()  # pending_max may have room again
         return len(ours)
 
     async def nak(self, deliveries: Sequence[Delivery], *, delay_s: float = 0.0) -> int:
+        check_delay(delay_s)
         with self._store.lock:
             self._check()
             ours = self._ours(deliveries)
-            most = self.config.attempts_max
-            exhausted = [d for d in ours if most and d.attempt >= most]
-            due = self._store.clock.monotonic() + delay_s
-            for d in ours:
-                if not (most and d.attempt >= most):
-                    lease = self._state.leases[d.record.sequence]
-                    lease.token, lease.due = 0, due
-        if exhausted:
-            await self._bury(exhausted, "attempts used up")
+            now = self._store.clock.monotonic()
+            exhausted: list[Delivery] = []
+            for sequence, lease in ours.items():
+                if self._spent(lease):
+                    exhausted.append(self._lease(sequence, lease, now))
+                else:
+                    lease.token = 0
+                    self._state.set_due(sequence, lease, now + delay_s)
         if ours:
             self._stream._state.changed.notify()
+        await self._bury(exhausted, _EXHAUSTED)
         return len(ours)
 
     async def term(self, deliveries: Sequence[Delivery], *, reason: str = "") -> int:
         with self._store.lock:
             self._check()
-            ours = self._ours(deliveries)
+            now = self._store.clock.monotonic()
+            # a new token and a new wait: nobody else may settle or fetch them while they are buried
+            ours = [self._lease(sequence, lease, now) for sequence, lease in self._ours(deliveries).items()]
         await self._bury(ours, reason)
         return len(ours)
 
     async def _bury(self, deliveries: Sequence[Delivery], reason: str) -> None:
+        """Dead letters first, then the acks: a crash in between makes a second letter with the same id, never none."""
+        if not deliveries:
+            return
         letters = [
             dead_letter(
                 d.record, stream=self.stream, incarnation=self._stream.incarnation, consumer=self.name,
@@ -525,38 +610,46 @@ class MemoryConsumer(Consumer):
             self._check()
             ours = self._ours(deliveries)
             due = self._store.clock.monotonic() + self.config.ack_wait_s
-            for d in ours:
-                self._state.leases[d.record.sequence].due = due
+            for sequence, lease in ours.items():
+                self._state.set_due(sequence, lease, due)
         return len(ours)
 
     async def info(self) -> ConsumerInfo:
         with self._store.lock:
             self._check()
+            self._stream._retain()
             state, stream = self._state, self._stream._state
-            leases = {s: v for s, v in state.leases.items() if s >= stream.first}
             delivered = max(state.delivered, stream.first - 1)
-            unread = stream.records[delivered + 1 - stream.first :]
-            now = self._store.clock.time_ns()
+            unread = delivered + 1 - stream.first
+            lag_s = 0.0
+            if unread < len(stream.records):
+                lag_s = max(0.0, (self._store.clock.time_ns() - stream.records[unread].timestamp_ns) / 1e9)
             return ConsumerInfo(
-                name=self.name, stream=self.stream, floor=min(leases) - 1 if leases else delivered,
-                delivered=delivered, pending=len(leases), redelivered=sum(v.attempt > 1 for v in leases.values()),
-                lag=len(unread) + len(leases), lag_s=max(0.0, (now - unread[0].timestamp_ns) / 1e9) if unread else 0.0,
-                config=self.config,
+                name=self.name, stream=self.stream, floor=next(iter(state.leases)) - 1 if state.leases else delivered,
+                delivered=delivered, pending=len(state.leases),
+                redelivered=sum(v.attempt > 1 for v in state.leases.values()),
+                lag=len(stream.records) - unread + len(state.leases), lag_s=lag_s, config=self.config,
             )  # fmt: skip
 
     async def pending(self, *, limit: int = 1000) -> list[Pending]:
+        if not 1 <= limit <= SEQUENCE_MAX:
+            raise InvalidArgument(f"pending: limit={limit} cannot be right")
         with self._store.lock:
             self._check()
+            self._stream._retain()
             now = self._store.clock.monotonic()
-            return [Pending(s, v.attempt, v.due - now) for s, v in sorted(self._state.leases.items())[:limit]]
+            return [Pending(s, v.attempt, v.due - now) for s, v in islice(self._state.leases.items(), limit)]
 
     async def seek(self, after: int) -> None:
+        check_position(after)
         with self._store.lock:
             self._check()
-            if after < 0 or after > self._stream._state.last:
-                raise CursorAhead(after=after, last=self._stream._state.last, stream=self.stream)
+            stream = self._stream._state
+            if after > stream.last:
+                raise CursorAhead(after=after, last=stream.last, stream=self.stream)
             self._state.leases.clear()
-            self._state.delivered = after
+            self._state.queue.clear()
+            self._state.delivered = max(after, stream.first - 1)
         self._stream._state.changed.notify()
 
     async def delete(self) -> None:
