@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -72,7 +73,7 @@ class Harness:
 
     async def damage(self, broker: Broker, stream: str, first: int, last: int) -> tuple[int, int] | None:
         """Damage the stored records first..last and return the range that is unreadable now (blocks may make it
-        wider). Called with the broker open; may close and reopen nothing. None: no way."""
+        wider). The suite connects again afterwards. None: no way."""
         return None
 
     async def _run_case(self, body: Callable[[Any, Env], Awaitable[None]], needs: Sequence[str]) -> None:
@@ -237,7 +238,7 @@ async def read_all(
         assert len(page.records) < 2 or sum(len(r.data) for r in page.records) <= bytes_max, "a page above bytes_max"
         assert page.scanned >= after, "scanned went back"
         sequences = [after, *(r.sequence for r in page.records)]
-        assert all(a < b for a, b in zip(sequences, sequences[1:], strict=False)), f"not increasing: {sequences}"
+        assert all(a < b for a, b in pairwise(sequences)), f"not increasing: {sequences}"
         assert page.scanned >= sequences[-1], "scanned lies before a record of its own page"
         out += page.records
         if page.scanned >= page.last:
