@@ -75,7 +75,8 @@ class Page(Struct, frozen=True):
 
 
 class Delivery(Struct, frozen=True, gc=False):
-    """A record handed to a consumer. `attempt` starts at 1; `token` names this delivery, a later one differs."""
+    """A record handed to a consumer. `attempt` starts at 1; `token` together with the sequence names this delivery: the
+    record's next one has another token."""
 
     record: Record
     attempt: int

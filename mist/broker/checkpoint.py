@@ -10,9 +10,14 @@ from mist.errors import CheckpointRegression, InvalidArgument, WrongIncarnation
 from mist.protocol.subject import check_name, check_stream
 
 
+def check_key(stream: str, name: str) -> None:
+    """Raise InvalidArgument for what never names a checkpoint."""
+    check_stream(stream)
+    check_name(name)
+
+
 def check_save(checkpoint: Checkpoint) -> None:
-    check_stream(checkpoint.stream)
-    check_name(checkpoint.name)
+    check_key(checkpoint.stream, checkpoint.name)
     if not 0 <= checkpoint.sequence <= SEQUENCE_MAX:
         raise InvalidArgument(f"checkpoint {checkpoint.name}: needs a sequence from 0 to {SEQUENCE_MAX}")
     if not checkpoint.incarnation or not checkpoint.incarnation.isprintable():

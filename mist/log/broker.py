@@ -36,8 +36,11 @@ from mist.broker.base import (
     StreamConfig,
     StreamInfo,
     Verification,
+    check_delay,
+    check_position,
+    check_read,
 )
-from mist.broker.checkpoint import check_save
+from mist.broker.checkpoint import check_key, check_save
 from mist.broker.clock import SYSTEM, Clock
 from mist.broker.deadletter import bury, dead_letter
 from mist.broker.notify import Notifier
@@ -46,9 +49,9 @@ from mist.log.committer import Committer
 from mist.log.files import REAL, Files, boot_id
 from mist.log.journal import LOG_DEFAULTS, NEW, Journal, storage_error
 from mist.log.reader import Reader
-from mist.log.state import Lease, State
+from mist.log.state import Lease, State, now_ms
 from mist.log.watch import Watch
-from mist.protocol.subject import check_name, check_stream, matcher
+from mist.protocol.subject import check_name, check_stream, dead_stream, matcher
 from mist.protocol.url import Url
 
 P = ParamSpec("P")
@@ -56,6 +59,7 @@ T = TypeVar("T")
 
 CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True, verify=True)
 _RECHECK_S = 0.25
+_DELAY_S_MAX = 10 * 365 * 86400.0
 _NETWORK_FS = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs", "fuse.glusterfs"})
 
 
@@ -346,8 +350,7 @@ class LogStream(Stream):
         wait_s: float = 0.0,
     ) -> Page:
         match = matcher(subjects)
-        if limit < 1 or bytes_max < 1 or after < 0:
-            raise InvalidArgument(f"read: limit={limit}, bytes_max={bytes_max}, after={after} cannot be right")
+        check_read(after=after, limit=limit, bytes_max=bytes_max, wait_s=wait_s)
         until = 0.0
         while True:
             self._check()
@@ -428,8 +431,11 @@ class LogStream(Stream):
             raise storage_error(exc, f"stream {self.name}: locate") from exc
 
     async def trim(self, *, before: int) -> int:
+        check_position(before, "before")
         self._check()
-        return await self.broker.thread(self._locked, lambda j: j.trim(before))
+        gone: int = await self.broker.thread(self._locked, lambda j: j.trim(before))
+        self.changed.notify()  # what was leased below it is gone: there may be room for others
+        return gone
 
     async def verify(self) -> Verification:
         self._check()
@@ -449,6 +455,7 @@ class LogStream(Stream):
 
     async def consumer(self, name: str, config: ConsumerConfig | None = None, *, create: bool = True) -> LogConsumer:
         check_name(name)
+        dead_stream(self.name)  # a name without room for its dead letters shows now, not at the first one
         self._check()
         if config is not None:
             config.validate()
@@ -476,8 +483,8 @@ class LogConsumer(Consumer):
         self._match = matcher(config.subjects)
 
     async def fetch(self, *, limit: int = 256, bytes_max: int = BYTES_MAX, wait_s: float = 0.0) -> list[Delivery]:
-        if limit < 1 or bytes_max < 1:
-            raise InvalidArgument(f"fetch: limit={limit}, bytes_max={bytes_max} cannot be right")
+        check_read(limit=limit, bytes_max=bytes_max, wait_s=wait_s)
+        limit = min(limit, self.config.pending_max)
         clock = self._broker.clock
         until = clock.monotonic() + wait_s
         changed = self._stream.changed
@@ -511,11 +518,11 @@ class LogConsumer(Consumer):
             lambda s: s.take(self._id, self.config, limit=limit, first=tail.first, last=tail.durable, found=found)
         ))  # fmt: skip
         try:
-            given, exhausted, waiting = await asyncio.shield(taking)
+            given, exhausted, waiting, moved = await asyncio.shield(taking)
         except asyncio.CancelledError:
             # the transaction may still commit: what it leased to us goes back, unseen
             with contextlib.suppress(Exception):
-                given, exhausted, _ = await taking
+                given, exhausted, _, _ = await taking
                 await self._return([*given, *exhausted])
             raise
         if exhausted:
@@ -550,17 +557,8 @@ class LogConsumer(Consumer):
                     await self._return(given[i + 1 :])
                     break
             size += sum(len(r.data) for r in records)
-        progressed = bool(exhausted) or (found is not None and found[2] < tail.durable and found[2] > found[0])
-        if not out and given:
-            progressed = True
-        now = self._now_ms()
-        return out, progressed, None if waiting is None else (waiting - now) / 1000
-
-    @staticmethod
-    def _now_ms() -> int:
-        from mist.log.state import now_ms
-
-        return now_ms()
+        progressed = bool(exhausted or given) or (moved and found is not None)
+        return out, progressed, None if waiting is None else (waiting - now_ms()) / 1000
 
     def _records(
         self, lease: Lease, limit: int, bytes_max: int, read: dict[int, Record], *, more: bool = False
@@ -592,21 +590,23 @@ class LogConsumer(Consumer):
                 records = [
                     r for r in records if r.sequence <= lease.hi and (wanted_set is None or r.sequence in wanted_set)
                 ]
-            if more and not out and records and len(records[0].data) > left:
+            if (more or out) and records and len(records[0].data) > left:
                 break
             out.extend(records)
             size += sum(len(r.data) for r in records)
         return out[:limit]
 
     async def _skip(self, lease: Lease, loss: DataLoss) -> None:
-        """Settle the damaged part of a lease, give the rest back unseen."""
+        """Settle what is damaged, give the rest of the lease back unseen."""
         token = _token(lease)
-        still = lease.open()
-        lost = [s for s in still if loss.first <= s <= loss.last]
-        rest = [s for s in still if s not in set(lost)]
-        await self._broker.with_state(lambda s: s.settle(self._id, {token: lost}))
-        if rest:
-            await self._broker.with_state(lambda s: s.give_back(self._id, {token: rest}, delay_ms=0, same_attempt=True))
+        rest = [s for s in lease.open() if not loss.first <= s <= loss.last]
+
+        def skip(state: State) -> None:
+            state.skip(self._id, loss.first, loss.last)
+            if rest:
+                state.give_back(self._id, {token: rest}, delay_ms=0, same_attempt=True)
+
+        await self._broker.with_state(skip)
 
     async def _return(self, leases: Sequence[Lease]) -> None:
         groups = {_token(lease): lease.open() for lease in leases}
@@ -628,6 +628,7 @@ class LogConsumer(Consumer):
         return count
 
     async def nak(self, deliveries: Sequence[Delivery], *, delay_s: float = 0.0) -> int:
+        check_delay(delay_s)
         self._stream._check()
         if not deliveries:
             return 0
@@ -642,7 +643,7 @@ class LogConsumer(Consumer):
         if back:
             groups = _grouped(back)
             count += await self._broker.with_state(
-                lambda s: s.give_back(self._id, groups, delay_ms=int(delay_s * 1000))
+                lambda s: s.give_back(self._id, groups, delay_ms=int(min(delay_s, _DELAY_S_MAX) * 1000))
             )
         if count:
             self._stream.changed.notify()
@@ -655,9 +656,15 @@ class LogConsumer(Consumer):
         return len(ours)
 
     async def _ours(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Those still under their token, once each, with their wait started anew: nobody may fetch them meanwhile."""
         groups = _grouped(deliveries)
-        ours = await self._broker.with_state(lambda s: s.ours(self._id, groups))
-        return [d for d in deliveries if d.record.sequence in ours]
+
+        def hold(state: State) -> set[int]:
+            state.extend(self._id, self.config, groups)
+            return state.ours(self._id, groups)
+
+        ours = await self._broker.with_state(hold)
+        return list({d.record.sequence: d for d in deliveries if d.record.sequence in ours}.values())
 
     async def _bury(self, deliveries: Sequence[Delivery], reason: str) -> None:
         letters = [
@@ -699,14 +706,17 @@ class LogConsumer(Consumer):
 
     async def pending(self, *, limit: int = 1000) -> list[Pending]:
         self._stream._check()
-        return await self._broker.with_state(lambda s: s.pending(self._id, limit))
+        first = self._stream._reader.tail().first
+        return await self._broker.with_state(lambda s: s.pending(self._id, limit, first))
 
     async def seek(self, after: int) -> None:
         self._stream._check()
-        last = self._stream._reader.tail().durable
-        if after < 0 or after > last:
-            raise CursorAhead(after=after, last=last, stream=self.stream)
-        await self._broker.with_state(lambda s: s.seek(self._id, after))
+        check_position(after)
+        tail = self._stream._reader.tail()
+        if after > tail.durable:
+            raise CursorAhead(after=after, last=tail.durable, stream=self.stream)
+        to = max(after, tail.first - 1)
+        await self._broker.with_state(lambda s: s.seek(self._id, to))
         self._stream.changed.notify()
 
     async def delete(self) -> None:
@@ -725,12 +735,16 @@ class LogCheckpoints(Checkpoints):
         return await self._broker.with_state(lambda s: s.save(checkpoint, force=force))
 
     async def load(self, stream: str, name: str) -> Checkpoint | None:
+        check_key(stream, name)
         return await self._broker.with_state(lambda s: s.load(stream, name))
 
     async def delete(self, stream: str, name: str) -> bool:
+        check_key(stream, name)
         return await self._broker.with_state(lambda s: s.delete_checkpoint(stream, name))
 
     async def list(self, stream: str = "") -> list[Checkpoint]:
+        if stream:
+            check_stream(stream)
         return await self._broker.with_state(lambda s: s.checkpoints(stream))
 
 
@@ -739,14 +753,14 @@ def _token(lease: Lease) -> str:
 
 
 def _grouped(deliveries: Sequence[Delivery]) -> dict[str, list[int]]:
-    """token -> sequences."""
+    """token -> sequences, each once."""
     first = deliveries[0].token
     if all(d.token == first for d in deliveries):
-        return {first: [d.record.sequence for d in deliveries]}
-    out: dict[str, list[int]] = {}
+        return {first: list(dict.fromkeys([d.record.sequence for d in deliveries]))}
+    out: dict[str, dict[int, None]] = {}
     for d in deliveries:
-        out.setdefault(d.token, []).append(d.record.sequence)
-    return out
+        out.setdefault(d.token, {})[d.record.sequence] = None
+    return {token: list(sequences) for token, sequences in out.items()}
 
 
 __all__ = ["NEW", "LogBroker", "connect"]

@@ -173,6 +173,8 @@ class Reader:
                 scanned = header.last
                 offset += header.size
                 continue
+            if match is None and size + header.data_len > bytes_max:
+                size = sum([len(r.data) for r in out])  # it counted the framing of whole blocks too
             taken, stop, size = _take(records, skip, match, limit, bytes_max, out, size)
             if stop:
                 scanned = records[stop - 1].sequence

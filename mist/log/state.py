@@ -289,12 +289,12 @@ class State:
     def take(
         self, consumer: int, config: ConsumerConfig, *, limit: int, first: int, last: int,
         found: tuple[int, Sequence[int], int] | None = None,
-    ) -> tuple[list[Lease], list[Lease], int | None]:  # fmt: skip
+    ) -> tuple[list[Lease], list[Lease], int | None, bool]:  # fmt: skip
         """Lease what is due again, then new records up to `last` (or `found`, for a filtered consumer).
 
         `found` = (after, matching sequences, scanned): what a filtered read gave; it is used when nobody moved the
-        consumer meanwhile. Returns the leases handed out, those out of attempts (held until they are buried), and the
-        deadline of the next waiting lease.
+        consumer meanwhile. Returns the leases handed out, those out of attempts (held until they are buried), the
+        deadline of the next waiting lease, and whether the consumer moved on.
         """
         now = now_ms()
         until = now + max(int(config.ack_wait_s * 1000), 1)
@@ -302,6 +302,7 @@ class State:
         exhausted: list[Lease] = []
         with self._write() as db:
             delivered = self._delivered(db, consumer)
+            self._forget_trimmed(db, consumer, first)
             count = 0
             rows = db.execute(
                 f"select {_COLUMNS} from lease where consumer=? and deadline<=? order by lo limit ?",
@@ -309,14 +310,15 @@ class State:
             ).fetchall()
             for row in rows:
                 lease = Lease(*row)
+                if config.attempts_max and lease.attempt >= config.attempts_max:
+                    exhausted.append(lease)
+            if exhausted:
+                # alone: burying takes its time, and nobody's deliveries must wait for it
+                return [], [self._again(db, lease, lease.attempt, until) for lease in exhausted], None, True
+            for row in rows:
+                lease = Lease(*row)
                 if count >= limit:
                     break
-                if lease.hi < first:
-                    db.execute("delete from lease where id=?", (lease.id,))  # trimmed away
-                    continue
-                if config.attempts_max and lease.attempt >= config.attempts_max:
-                    exhausted.append(self._again(db, lease, lease.attempt, until))
-                    continue
                 if lease.left > limit - count:
                     lease = self._split(db, consumer, lease, limit - count)
                 given.append(self._again(db, lease, lease.attempt + 1, until))
@@ -340,7 +342,14 @@ class State:
             if moved > delivered:
                 db.execute("update consumer set delivered=? where id=?", (moved, consumer))
             waiting = db.execute("select min(deadline) from lease where consumer=?", (consumer,)).fetchone()[0]
-        return given, exhausted, waiting
+        return given, exhausted, waiting, moved > delivered
+
+    def _forget_trimmed(self, db: sqlite3.Connection, consumer: int, first: int) -> None:
+        """What was trimmed is neither pending nor due."""
+        rows = db.execute(f"select {_COLUMNS} from lease where consumer=? and lo<?", (consumer, first)).fetchall()
+        for row in rows:
+            lease = Lease(*row)
+            self._rewrite(db, lease, [s for s in lease.open() if s >= first])
 
     @staticmethod
     def _new(
@@ -392,11 +401,15 @@ class State:
             self._delivered(db, consumer)
             for token, sequences in groups.items():
                 root, attempt = _parse(token)
+                low, high = min(sequences), max(sequences)
+                dense = high - low + 1 == len(sequences)
+                packed = None if dense else array("Q", sorted(sequences)).tobytes()
                 gone = db.execute(
-                    "delete from lease where id=? and root=? and attempt=? and left=? and consumer=?",
-                    (root, root, attempt, len(sequences), consumer),
-                ) if len(set(sequences)) == len(sequences) else None  # fmt: skip
-                if gone is not None and gone.rowcount:
+                    "delete from lease where id=? and attempt=? and lo=? and hi=? and done is null and sequences is ?"
+                    " and consumer=? and root=id",
+                    (root, attempt, low, high, packed, consumer),
+                )
+                if gone.rowcount:
                     count += len(sequences)
                     continue
                 count += len(self._pick(db, consumer, root, attempt, sequences))
@@ -428,6 +441,19 @@ class State:
             elif mine:
                 db.execute("update lease set done=?, left=left-? where id=?", (bytes(done), mine, lease.id))
         return picked
+
+    def skip(self, consumer: int, first: int, last: int) -> None:
+        """Settle a damaged range for good, in every lease and ahead of what was handed out."""
+        with self._write() as db:
+            delivered = self._delivered(db, consumer)
+            rows = db.execute(
+                f"select {_COLUMNS} from lease where consumer=? and hi>=? and lo<=?", (consumer, first, last)
+            ).fetchall()
+            for row in rows:
+                lease = Lease(*row)
+                self._rewrite(db, lease, [s for s in lease.open() if not first <= s <= last])
+            if first - 1 <= delivered < last:
+                db.execute("update consumer set delivered=? where id=?", (last, consumer))
 
     def give_back(
         self, consumer: int, groups: dict[str, list[int]], *, delay_ms: int, same_attempt: bool = False
@@ -511,14 +537,14 @@ class State:
                 redelivered += left if lease.attempt > 1 else 0
             return floor, delivered, pending, redelivered
 
-    def pending(self, consumer: int, limit: int) -> list[Pending]:
+    def pending(self, consumer: int, limit: int, first: int) -> list[Pending]:
         now = now_ms()
         out: list[Pending] = []
+        with _translated():
+            self._delivered(self._read(), consumer)
         for lease in self.leases(consumer):
             due = (lease.deadline - now) / 1000
-            out.extend(Pending(s, lease.attempt, due) for s in lease.open())
-            if len(out) >= limit * 2:
-                break
+            out.extend(Pending(s, lease.attempt, due) for s in lease.open() if s >= first)
         return sorted(out, key=lambda p: p.sequence)[:limit]
 
     def seek(self, consumer: int, after: int) -> None:
