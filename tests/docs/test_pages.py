@@ -1,0 +1,93 @@
+"""Every code block and command of the documents runs, page by page, in an empty directory of its own.
+
+Fences marked `python` and `sh` run in order; what one block writes, the next ones of the page find. A fence that cannot run
+here says why in its first line: ```sh needs: a NATS server```. `<!-- setup: COMMAND -->` runs unseen. Other fences
+(text, json, toml, console output) are for reading only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_FENCE = re.compile(
+    r"^```(\w+)(?: +(needs: .+|fails: \d+))?\n(.*?)^```$|^<!-- setup: (.+?) -->$", re.MULTILINE | re.DOTALL
+)
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    note: str
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fences and set-up lines of a page, in order."""
+    source = page.read_text()
+    for m in _FENCE.finditer(source):
+        line = source.count("\n", 0, m.start()) + 1
+        if m[4]:
+            yield Block(line, "sh", "", m[4])
+        else:
+            yield Block(line, m[1], m[2] or "", m[3])
+
+
+def runnable(page: Path) -> list[Block]:
+    return [b for b in blocks(page) if b.language in ("python", "sh") and not b.note.startswith("needs:")]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> dict[str, str]:
+    """The environment of a page: this checkout's `mist` first on the path, nothing of the user's configuration."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MIST_")}
+    scripts = tmp_path / "bin"
+    scripts.mkdir()
+    (scripts / "mist").write_text(f'#!/bin/sh\nexec {sys.executable} -m mist "$@"\n')
+    (scripts / "mist").chmod(0o755)
+    (scripts / "python").symlink_to(sys.executable)
+    env["PATH"] = f"{scripts}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env["PYTHONPATH"] = str(ROOT)
+    env["HOME"] = str(tmp_path)
+    env["XDG_CONFIG_HOME"] = str(tmp_path / "config")
+    env["NO_COLOR"] = "1"
+    return env
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_block_of_the_page_runs(page: Path, place: dict[str, str], tmp_path: Path) -> None:
+    """A reader who follows the page from top to bottom meets no error that the page does not announce."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for block in runnable(page):
+        if block.language == "python":
+            argv = [sys.executable, "-W", "error", "-c", block.text]
+        else:
+            argv = ["bash", "-euo", "pipefail", "-c", block.text]
+        done = subprocess.run(
+            argv, cwd=work, env=place, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL
+        )
+        want = int(block.note.removeprefix("fails: ")) if block.note.startswith("fails:") else 0
+        assert done.returncode == want, (
+            f"{page.relative_to(ROOT)}:{block.line} ended with {done.returncode}, expected {want}\n"
+            f"{block.text}\n--- stdout\n{done.stdout[-3000:]}\n--- stderr\n{done.stderr[-3000:]}"
+        )
+
+
+def test_fences_name_their_language() -> None:
+    """A fence without a language would escape this test."""
+    for page in PAGES:
+        inside = False
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            if line.startswith("```"):
+                assert inside or line.strip() != "```", f"{page.relative_to(ROOT)}:{number}: a fence without a language"
+                inside = not inside
