@@ -8,14 +8,15 @@ from __future__ import annotations
 import builtins
 import time
 import zlib
+from math import isfinite
 from typing import Annotated, Any, TypeVar, overload
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from mist.errors import Malformed, MissingField
+from mist.errors import LoneSurrogate, Malformed, MissingField, NotFinite
 from mist.protocol.ids import new_id
-from mist.protocol.payloads import PAYLOADS
+from mist.protocol.payloads import PAYLOADS, Int64
 from mist.protocol.version import CURRENT
 
 P = TypeVar("P")
@@ -39,7 +40,7 @@ class Envelope(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     id: str
     source: str
     type: str
-    timestamp_ns: int
+    timestamp_ns: Int64
     payload: Raw
     checksum: Uint32 = 0
     correlation_id: str = ""
@@ -121,9 +122,29 @@ def _decoder(target: Any) -> msgspec.json.Decoder[Any]:
 def encode_payload(value: Any) -> bytes:
     """JSON bytes of a payload: compact, map keys sorted (as the seed does), struct keys in declaration order.
 
-    Raises Malformed for values without a JSON form: NaN, infinities, lone surrogates, unknown types.
+    Values without a JSON form raise: NotFinite for NaN and infinities, LoneSurrogate, Malformed for unknown types.
     """
     try:
-        return _encode_payload(value)
+        raw = _encode_payload(value)
+    except UnicodeEncodeError as exc:
+        raise LoneSurrogate(f"payload of type {value.__class__.__name__} has no JSON form: {exc}") from exc
     except (TypeError, ValueError, msgspec.EncodeError, RecursionError, OverflowError) as exc:
         raise Malformed(f"payload of type {value.__class__.__name__} has no JSON form: {exc}") from exc
+    if b"null" in raw:
+        _refuse_not_finite(value)  # the encoder writes NaN and the infinities as null
+    return raw
+
+
+def _refuse_not_finite(value: Any) -> None:
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, float) and not isfinite(item):
+            raise NotFinite(f"payload: {item} has no JSON form")
+        if isinstance(item, dict):
+            left.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            left.extend(item)
+        else:
+            names = getattr(item, "__struct_fields__", ()) or getattr(item, "__dataclass_fields__", ())
+            left.extend(getattr(item, name) for name in names)

@@ -1,14 +1,19 @@
 """The ten payload types, with the seed's keys and omit rules.
 
-Field order is the order on the wire. Fields with a default are omitted when they hold it, as the seed does; fields
-without one are always written. Unknown keys are ignored when decoding. Money may be `None`: unknown is not zero.
+Field order is the order on the wire. A plain default is omitted from the wire while it holds, as the seed omits an empty
+value; a field made by `always` is written whatever it holds. Decoding is lenient, as the seed's: unknown keys are
+ignored, absent ones are empty or zero. Integers fit 64 bits. Money may be `None`: unknown is not zero.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
-from msgspec import Struct
+from msgspec import Meta, Struct, field
+
+T = TypeVar("T")
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 DATA_ENTITIES = "data.entities"
 DATA_SCHEMA = "data.schema"
@@ -22,95 +27,115 @@ HEALTH_PING = "health.ping"
 HEALTH_PONG = "health.pong"
 
 
+def always(empty: Callable[[], T]) -> T:
+    """A field that is on the wire even when empty, and may be absent when decoding."""
+    # omit_defaults never omits a value that a factory other than list, dict and set made
+    return field(default_factory=empty)
+
+
+def _none() -> None:
+    return None
+
+
 class ChatMessage(Struct, frozen=True):
-    role: str
-    content: str
+    role: str = ""
+    content: str = ""
 
 
 class InferRequest(Struct, frozen=True, omit_defaults=True):
-    model: str
+    """`model` is a name or `auto`."""
+
+    model: str = always(str)
     provider: str = ""
-    messages: list[ChatMessage] | None = None
+    messages: list[ChatMessage] | None = always(_none)
     params: dict[str, Any] = {}
     meta: dict[str, str] = {}
 
 
 class InferResponse(Struct, frozen=True):
-    model: str
-    provider: str
-    content: str
-    tokens_in: int
-    tokens_out: int
-    cost_usd: float
-    latency_ms: int
-    finish_reason: str
+    model: str = ""
+    provider: str = ""
+    content: str = ""
+    tokens_in: Int64 = 0
+    tokens_out: Int64 = 0
+    cost_usd: float | None = 0.0
+    latency_ms: Int64 = 0
+    finish_reason: str = ""
 
 
 class EvalRun(Struct, frozen=True, omit_defaults=True):
-    suite: str
+    """No `tasks` means all of the suite."""
+
+    suite: str = always(str)
     tasks: list[str] = []
-    baseline: bool = False
+    baseline: bool = always(bool)
     infer_url: str = ""
     tags: dict[str, str] = {}
 
 
 class EvalResult(Struct, frozen=True, omit_defaults=True):
-    suite: str
-    task: str
-    passed: bool
-    score: float
-    baseline_score: float
-    delta: float
-    duration_ms: int
+    suite: str = always(str)
+    task: str = always(str)
+    passed: bool = always(bool)
+    score: float = always(float)
+    baseline_score: float = always(float)
+    delta: float = always(float)
+    duration_ms: Int64 = always(int)
     error: str = ""
 
 
 class TraceSpan(Struct, frozen=True, omit_defaults=True, gc=False):
-    trace_id: str
-    span_id: str
+    """`status` is `ok` or `error`; `attrs` by convention holds model, provider, tokens_in, tokens_out, cost_usd, error."""
+
+    trace_id: str = always(str)
+    span_id: str = always(str)
     parent_id: str = ""
-    operation: str = ""
-    start_ns: int = 0
-    end_ns: int = 0
-    status: str = ""
+    operation: str = always(str)
+    start_ns: Int64 = always(int)
+    end_ns: Int64 = always(int)
+    status: str = always(str)
     attrs: dict[str, Any] = {}
 
 
 class TraceAlert(Struct, frozen=True):
-    level: str
-    metric: str
-    value: float
-    threshold: float
-    message: str
+    """`level` is `warning` or `critical`."""
+
+    level: str = ""
+    metric: str = ""
+    value: float = 0.0
+    threshold: float = 0.0
+    message: str = ""
 
 
 class DataEntities(Struct, frozen=True, omit_defaults=True):
-    count: int
-    format: str
-    path: str
+    """`format` is `json`, `jsonl` or `csv`."""
+
+    count: Int64 = always(int)
+    format: str = always(str)
+    path: str = always(str)
     schema: str = ""
     checksum: str = ""
 
 
 class SchemaField(Struct, frozen=True):
-    name: str
-    type: str
-    required: bool
+    name: str = ""
+    type: str = ""
+    required: bool = False
 
 
 class DataSchema(Struct, frozen=True):
-    name: str
+    name: str = ""
     fields: list[SchemaField] | None = None
 
 
 class HealthPing(Struct, frozen=True, rename={"from_": "from"}):
-    from_: str
+    from_: str = ""
 
 
 class HealthPong(Struct, frozen=True, rename={"from_": "from"}):
-    from_: str
-    version: str
-    uptime_s: int
+    from_: str = ""
+    version: str = ""
+    uptime_s: Int64 = 0
 
 
 PAYLOADS: dict[str, type[Struct]] = {

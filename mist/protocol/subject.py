@@ -20,8 +20,8 @@ DEAD = "dead"
 
 _STREAM = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9_=-]*", re.ASCII)
 _TOKEN_BAD = re.compile(r"[\s.*>\x00-\x1f\x7f]")
+_ESCAPE = re.compile(rb"=([0-9A-F]{2})")
 _PLAIN = re.compile(r"[A-Za-z0-9_]+(?:-[A-Za-z0-9_]+)*", re.ASCII)
-_ENCODED = re.compile(r"=(?:[0-9A-F]{2})?")
 
 
 def encode_token(text: str) -> str:
@@ -38,20 +38,13 @@ def encode_token(text: str) -> str:
         raw = text.encode()
     except UnicodeEncodeError as exc:
         raise InvalidArgument("a name holds a lone surrogate, it has no UTF-8 form") from exc
-    out: list[str] = []
-    for i, byte in enumerate(raw):
-        char = chr(byte)
-        plain = byte < 128 and (char.isalnum() or char == "_")
-        if not plain and char == "-" and 0 < i < len(raw) - 1:
-            before, after = chr(raw[i - 1]), chr(raw[i + 1])
-            plain = (
-                raw[i - 1] < 128
-                and raw[i + 1] < 128
-                and (before.isalnum() or before == "_")
-                and (after.isalnum() or after == "_")
-            )
-        out.append(char if plain else f"={byte:02X}")
-    return "".join(out)
+    kept = [byte < 128 and (chr(byte).isalnum() or byte == 0x5F) for byte in raw]
+    return "".join(
+        chr(byte)
+        if kept[i] or (byte == 0x2D and 0 < i < len(raw) - 1 and kept[i - 1] and kept[i + 1])
+        else f"={byte:02X}"
+        for i, byte in enumerate(raw)
+    )
 
 
 def decode_token(token: str) -> str:
@@ -59,21 +52,11 @@ def decode_token(token: str) -> str:
     if token == "=":
         return ""
     try:
-        raw = bytearray()
-        i = 0
-        data = token.encode("ascii")
-        while i < len(data):
-            if data[i] == 0x3D:
-                raw.append(int(data[i + 1 : i + 3].decode(), 16))
-                i += 3
-            else:
-                raw.append(data[i])
-                i += 1
-        text = raw.decode()
-    except (ValueError, IndexError) as exc:
-        raise InvalidArgument(f"not an encoded token: {token!r}") from exc
+        text = _ESCAPE.sub(lambda m: bytes([int(m[1], 16)]), token.encode("ascii")).decode()
+    except ValueError as exc:
+        raise InvalidArgument(f"not an encoded token: {token[:80]!r}") from exc
     if encode_token(text) != token:
-        raise InvalidArgument(f"not an encoded token: {token!r}")
+        raise InvalidArgument(f"not an encoded token: {token[:80]!r}")
     return text
 
 
@@ -108,7 +91,7 @@ def dead_stream(stream: str) -> str:
 
 def check_subject(subject: str) -> str:
     """The subject, if records may carry it: dot-separated non-empty tokens, no wildcards, white space or controls."""
-    if _subject_ok(subject):
+    if len(subject) <= SUBJECT_CHARS_MAX and _subject_ok(subject):  # the cache must not keep huge texts
         return subject
     raise InvalidArgument(
         f"not a subject: {subject[:80]!r}",
@@ -128,12 +111,13 @@ def _subject_ok(subject: str) -> bool:
 def check_filter(pattern: str) -> str:
     """The pattern, if it is a subject filter: like a subject, with `*` tokens and a last `>` allowed."""
     tokens = pattern.split(".")
-    ok = bool(pattern) and len(pattern) <= SUBJECT_CHARS_MAX
-    for i, token in enumerate(tokens):
-        if token == "*" or (token == ">" and i == len(tokens) - 1):
-            continue
-        ok = ok and bool(token) and not _TOKEN_BAD.search(token)
-    if not ok or not _has_utf8(pattern):
+    if tokens[-1] == ">":
+        tokens.pop()
+    # what is left must be a subject once every `*` is some token, or nothing at all
+    ok = len(pattern) <= SUBJECT_CHARS_MAX and (
+        pattern == ">" or _subject_ok(".".join("x" if t == "*" else t for t in tokens))
+    )
+    if not ok:
         raise InvalidArgument(
             f"not a subject filter: {pattern[:80]!r}", hint="`*` stands for one token, `>` at the end for the rest"
         )
@@ -159,16 +143,18 @@ def subject_for(type: str, *qualifiers: str) -> str:
 
 def _regex(pattern: str) -> str:
     wild = {"*": r"[^.]+", ">": r".+"}
-    return r"\.".join(wild.get(t) or re.escape(t) for t in check_filter(pattern).split("."))
+    return r"\.".join(wild.get(t) or re.escape(t) for t in pattern.split("."))
 
 
 @lru_cache(maxsize=1024)
 def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool] | None:
     if not patterns:
         raise InvalidArgument("no subject filter given", hint='use (">",) for everything')
+    for pattern in patterns:
+        check_filter(pattern)
     if ">" in patterns:
         return None
-    exact = frozenset(p for p in patterns if not ({"*", ">"} & set(check_filter(p).split("."))))
+    exact = frozenset(p for p in patterns if not ({"*", ">"} & set(p.split("."))))
     wild = [p for p in patterns if p not in exact]
     if not wild:
         return exact.__contains__

@@ -2,19 +2,21 @@
 
 `log:DIR`, `nats://host:4222`, `memory:NAME`, `file:PATH.jsonl`, `chan:NAME`, `http://host/mist`, each with
 `?stream=NAME&subject=a.*.>&consumer=NAME`. The seed's `file:///p`, `stdio://` and `chan://` are read too.
-Pure: parsing never touches the disk or the network.
+Pure: parsing never touches the disk or the network. `parse_url(str(url)) == url` for every parsed URL. Local targets are
+percent-decoded (`log:a%20b` is the folder `a b`), except for `file:`, whose path is taken as written, as the seed does.
 """
 
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote
 
 from msgspec import Struct
 
 from mist.errors import InvalidArgument
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{1,31}):", re.ASCII)
+_UNSAFE = re.compile(r"[%?\x00\r\n]")
 LOCAL_SCHEMES = frozenset({"log", "memory", "file", "stdio", "chan"})
 
 
@@ -47,8 +49,12 @@ class Url(Struct, frozen=True):
                 )
 
     def __str__(self) -> str:
+        target = self.target
+        if self.scheme in LOCAL_SCHEMES:
+            target = f"//{target}" if target.startswith("//") else target
+            target = target if self.scheme == "file" else _UNSAFE.sub(lambda m: f"%{ord(m[0]):02X}", target)
         query = "&".join(f"{quote(k, safe='')}={quote(v, safe='.*>,:/')}" for k, v in self.query)
-        return self.without_query() + (f"?{query}" if query else "")
+        return f"{self.scheme}:{target}" + (f"?{query}" if query else "")
 
     def redacted(self) -> str:
         """The URL as it may be printed: passwords and tokens replaced by ***."""
@@ -65,40 +71,49 @@ def parse_url(text: str) -> Url:
     m = _SCHEME.match(text)
     if m is None or "\x00" in text or "\n" in text or "\r" in text:
         raise InvalidArgument(
-            f"not a URL: {text[:120]!r}", hint="for example log:./data, memory:, nats://localhost:4222"
+            f"not a URL: {redact(text)[:120]!r}", hint="for example log:./data, memory:, nats://localhost:4222"
         )
     scheme = m[1].lower()
-    rest = text[m.end() :]
-    rest, _, query = rest.partition("?")
+    rest, _, query = text[m.end() :].partition("?")
     try:
-        pairs = tuple(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+        query.encode()
+        pairs = tuple(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict"))
     except ValueError as exc:
-        raise InvalidArgument(f"{redact(text[:120])}: the part after ? is not key=value&…") from exc
+        raise InvalidArgument(f"{redact(text)[:120]}: the part after ? is not key=value&…") from exc
     if scheme in LOCAL_SCHEMES:
         # file:///tmp/x, file://rel and file:rel all name a path; the seed has no host part either
         rest = rest[2:] if rest.startswith("//") else rest
-        rest = unquote(rest) if "%" in rest and scheme != "file" else rest
+        if "%" in rest and scheme != "file":
+            try:
+                rest = unquote(rest, errors="strict")
+            except UnicodeDecodeError as exc:
+                raise InvalidArgument(f"{redact(text)[:120]}: not UTF-8 after decoding the % signs") from exc
     return Url(scheme, rest, pairs)
 
 
-_SECRET_KEYS = frozenset({"token", "password", "secret", "api_key", "key", "access_token"})
+_SECRET_KEY = re.compile(r"token|pass|secret|key|auth|cred|signature|^(?:pwd|sig)$", re.IGNORECASE)
+_PARAMETER = re.compile(r"([?&])([^=&]*)=[^&]*")
+_LOCAL = frozenset(f"{s}:" for s in LOCAL_SCHEMES)
+_WEB = frozenset({"http:", "https:"})
+_HOSTS = re.compile(r"(?:(?:^|,)(?:\[[^\]]*\]|[^:,\[\]]*)(?::[0-9]*)?)*")
+_NESTED = re.compile(r"(?<=//)[^/?#&]*(?:@|%40)")
 
 
 def redact(text: str) -> str:
-    """The text with the password of `scheme://user:password@host` and secret query values replaced by ***."""
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        return text
-    netloc = parts.netloc
-    if "@" in netloc:
-        user, _, host = netloc.rpartition("@")
-        name, colon, _ = user.partition(":")
-        netloc = f"{name}:***@{host}" if colon else f"***@{host}"
-    query = parts.query
-    if query:
-        pairs = [p.split("=", 1) for p in query.split("&")]
-        query = "&".join(f"{p[0]}=***" if p[0].lower() in _SECRET_KEYS and len(p) == 2 else "=".join(p) for p in pairs)
-    if netloc == parts.netloc and query == parts.query:
-        return text
-    return urlunsplit((parts.scheme, netloc, parts.path, query, parts.fragment))
+    """The text as it may be printed: `scheme://user:password@host` and secret query values with *** in their place.
+
+    Hides too much rather than too little: a password that holds `/`, `?`, `#` or `@` unescaped is hidden as well. The
+    paths of local schemes are left alone.
+    """
+    scheme, slashes, rest = text.partition("//")
+    if slashes and "@" in rest and scheme.lower() not in _LOCAL:
+        authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+        if "@" in authority or scheme.lower() not in _WEB or not _HOSTS.fullmatch(authority):
+            # everything up to the last @ is, or may be, a secret; a user name that is plainly one is kept
+            user, colon, _ = authority.partition(":")
+            user = f"{user}:" if user and colon and "@" not in user else ""
+            rest = f"{user}***@{rest[rest.rindex('@') + 1 :]}"
+        else:
+            rest = authority + _NESTED.sub("***@", rest[len(authority) :])  # a path may hold @; a URL in it is hidden
+        text = f"{scheme}//{rest}"
+    return _PARAMETER.sub(lambda m: f"{m[1]}{m[2]}=***" if _SECRET_KEY.search(unquote(m[2])) else m[0], text)

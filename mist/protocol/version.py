@@ -28,9 +28,13 @@ def check_version(version: str) -> None:
             f"envelope: invalid version {version[:40]!r}", hint=f"this build speaks {MIN}"
         ) from None
     if number < MIN:
-        raise VersionUnsupported(f"envelope: version {number} is too old", hint=f"this build speaks {MIN} to {MAX}")
+        raise VersionUnsupported(
+            f"envelope: version {version[:40]!r} is too old", hint=f"this build speaks {MIN} to {MAX}"
+        )
     if number > MAX:
-        raise VersionUnsupported(f"envelope: version {number} is too new", hint=f"this build speaks {MIN} to {MAX}")
+        raise VersionUnsupported(
+            f"envelope: version {version[:40]!r} is too new", hint=f"this build speaks {MIN} to {MAX}"
+        )
 
 
 def _range(text: str, whose: str) -> tuple[int, int]:
@@ -50,5 +54,5 @@ def negotiate(local: str, remote: str) -> str:
     a, b = _range(local, "local"), _range(remote, "remote")
     low, high = max(a[0], b[0]), min(a[1], b[1])
     if low > high:
-        raise VersionUnsupported(f"no compatible version between {local} and {remote}")
+        raise VersionUnsupported(f"no compatible version between {local[:40]!r} and {remote[:40]!r}")
     return str(high)
