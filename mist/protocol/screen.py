@@ -112,7 +112,7 @@ def check_depth(data: bytes, depth_max: int) -> None:
 def check_numbers(payload: bytes) -> None:
     """Raise NotFinite for a number that becomes an infinity when read, or an integer of more than 4,300 digits.
 
-    The payload is JSON already, as far as a decoder sees that skips it.
+    The payload is JSON already, as far as a decoder sees that skips it; `msgspec.Raw` will do.
     """
     if len(payload) <= _DECODE_BYTES_MAX:
         try:
@@ -120,9 +120,9 @@ def check_numbers(payload: bytes) -> None:
         except msgspec.ValidationError as exc:
             raise NotFinite(f"envelope: {exc}") from exc
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise explain(payload, exc) from exc
+            raise explain(bytes(payload), exc) from exc
         return
-    for m in _BIG.finditer(outside_strings(payload)):
+    for m in _BIG.finditer(outside_strings(bytes(payload))):
         number = m[0]
         if len(number) > INTEGER_DIGITS_MAX if number.isdigit() else isinf(float(number)):
             raise NotFinite("envelope: Number out of range")

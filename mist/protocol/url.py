@@ -102,18 +102,20 @@ _NESTED = re.compile(r"(?<=//)[^/?#&]*(?:@|%40)")
 def redact(text: str) -> str:
     """The text as it may be printed: `scheme://user:password@host` and secret query values with *** in their place.
 
-    Hides too much rather than too little: a password that holds `/`, `?`, `#` or `@` unescaped is hidden as well. The
-    paths of local schemes are left alone.
+    Hides too much rather than too little: a password that holds `/`, `?` or `#` unescaped is hidden as well. The paths
+    of local schemes are left alone, and so is an `@` in a query.
     """
     scheme, slashes, rest = text.partition("//")
     if slashes and "@" in rest and scheme.lower() not in _LOCAL:
         authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-        if "@" in authority or scheme.lower() not in _WEB or not _HOSTS.fullmatch(authority):
+        plain = "@" not in authority and _HOSTS.fullmatch(authority) is not None
+        path, mark, query = rest.partition("?")
+        if not plain and "@" not in path:
+            path, mark, query = rest, "", ""  # that was no query, but a password with a question mark
+        if "@" in path and not (plain and scheme.lower() in _WEB):
             # everything up to the last @ is, or may be, a secret; a user name that is plainly one is kept
             user, colon, _ = authority.partition(":")
             user = f"{user}:" if user and colon and "@" not in user else ""
-            rest = f"{user}***@{rest[rest.rindex('@') + 1 :]}"
-        else:
-            rest = authority + _NESTED.sub("***@", rest[len(authority) :])  # a path may hold @; a URL in it is hidden
-        text = f"{scheme}//{rest}"
+            path = f"{user}***@{path[path.rindex('@') + 1 :]}"
+        text = f"{scheme}//{path}{mark}{_NESTED.sub('***@', query)}"
     return _PARAMETER.sub(lambda m: f"{m[1]}{m[2]}=***" if _SECRET_KEY.search(unquote(m[2])) else m[0], text)

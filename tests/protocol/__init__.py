@@ -1,0 +1,1 @@
+"""The protocol: values and bytes, no I/O."""
