@@ -194,13 +194,13 @@ class Cursor:
 
     async def pages(self, *, to: int | None = None) -> AsyncGenerator[Page, None]:
         """Non-empty pages up to the end as of now, or up to sequence `to` (inclusive) if that comes first."""
-        async for page in self._pages(to):
+        async for page in self.pages_to_hand(to=to):
             self._at = page.scanned
             yield page
 
     async def replay(self, *, to: int | None = None) -> AsyncGenerator[Record, None]:
         """Records up to the end as of now, or up to sequence `to` (inclusive) if that comes first."""
-        async for page in self._pages(to):
+        async for page in self.pages_to_hand(to=to):
             for record in self.hand(page):
                 yield record
 
@@ -210,7 +210,8 @@ class Cursor:
             for record in self.hand(await self._read(wait_s)):
                 yield record
 
-    async def _pages(self, to: int | None) -> AsyncGenerator[Page, None]:
+    async def pages_to_hand(self, *, to: int | None = None) -> AsyncGenerator[Page, None]:
+        """As `pages`, without moving over what is given: give each page to `hand` before asking for the next."""
         await self.load()
         end = (await self._stream.info()).last
         if to is not None:

@@ -36,6 +36,7 @@ class Reader(Generic[R]):
         self._to = to
         self._on_bad = on_bad
         self._wait_s = wait_s
+        self._pages: AsyncGenerator[Page, None] | None = None
         self.bad_count = 0
         """Records that were no acceptable envelope so far."""
 
@@ -75,8 +76,24 @@ class Reader(Generic[R]):
             if received is not None:
                 yield received
 
+    async def load(self, *, wait_s: float) -> Page | None:
+        """The next page for `hand`; None at the end of a replay. A follower waits up to `wait_s`, then gives an empty
+        page. This and `hand` are for reading here and using there (mist.sync)."""
+        cursor = await self.open()
+        if self._follow:
+            return await cursor.read_page(wait_s=wait_s)
+        if self._pages is None:
+            self._pages = cursor.pages_to_hand(to=self._to)
+        page: Page | None = None
+        try:
+            page = await anext(self._pages, None)
+        finally:
+            if page is None:
+                self._pages = None
+        return page
+
     def hand(self, page: Page) -> Iterator[R]:
-        """The envelopes of a page that `open().read_page` gave, moving the position with each."""
+        """The envelopes of a page from `load`, moving the position with each."""
         cursor = self._cursor
         if cursor is None:
             return
