@@ -1,1 +1,1 @@
-"""What people type: one noun or verb per file."""
+"""The `mist` command line: a thin shell over the contract. Nothing in the library imports this package."""

@@ -1,0 +1,79 @@
+"""One coroutine to its end, with the signal and timeout rules of the command line.
+
+The first SIGINT or SIGTERM cancels the work, which flushes what it has; a second one does not wait. Handlers are plain
+`signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from types import FrameType
+from typing import Any
+
+from mist.errors import TimedOut
+
+
+class Interrupted(Exception):
+    """A signal asked the command to stop; it has flushed what it had."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None = None) -> Any:
+    """Run a coroutine to its end with our signal rules. Raises Interrupted, TimedOut, or what the coroutine raises.
+
+    The first signal cancels the work, which then flushes; a second one does not wait. Handlers are plain
+    `signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write.
+    """
+    caught: list[int] = []
+
+    async def body() -> Any:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if caught:
+                raise KeyboardInterrupt
+            caught.append(number)
+            loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
+
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                return await work()
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise TimedOut(f"not done after {timeout_s:g} s", hint="give it more with --timeout") from exc
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    try:
+        return asyncio.run(body())
+    except asyncio.CancelledError:
+        if caught:
+            raise Interrupted(caught[0]) from None
+        raise
+    except KeyboardInterrupt:
+        if caught:
+            os._exit(128 + caught[0])  # asked twice: a blocked write must not hold us
+        raise
+    except BaseExceptionGroup as group:
+        raise _only(group) from group
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first leaf of a task group's failure: the others are its consequences."""
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first

@@ -1,0 +1,182 @@
+"""From plain functions to commands: option groups are spread out, global options added, coroutines run.
+
+A command function takes typer parameters (`Annotated[...]`) and, for options that many commands share, parameters
+annotated with an `OptionGroup`: each field of the group becomes an option of its own. In the docstring a paragraph
+that starts with `Example:` or `Examples:` keeps its lines. This module is the only one that touches typer's machinery,
+and only its public part.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, get_type_hints
+
+import typer
+from msgspec import NODEFAULT
+from msgspec.structs import fields
+
+from mist.cli.main import COMMANDS
+from mist.cli.options import GlobalOptions, OptionGroup
+from mist.cli.run import Interrupted, run
+from mist.cli.session import Session, start
+
+EPILOG = "Global options (-u -o -j -y --no-input -q -v --timeout) are accepted here too: see `mist --help`."
+_GLOBAL = "global_"
+
+
+class UsageFault(Exception):
+    """What the parser refused, as message and hint."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def noun(help: str) -> typer.Typer:
+    """A Typer for a noun's verbs, with the settings that all of ours share."""
+    return typer.Typer(
+        help=help,
+        rich_markup_mode=None,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def load(name: str) -> Any:
+    """The parsed command object (a click-style command) of one entry of COMMANDS."""
+    path, help = COMMANDS[name]
+    module, _, attribute = path.partition(":")
+    target = getattr(importlib.import_module(module), attribute)
+    if not isinstance(target, typer.Typer):
+        app = noun(help)
+        app.command(name, epilog=EPILOG)(adapt(target))
+        return _named(typer.main.get_command(app), name)
+    for info in target.registered_commands:
+        if info.callback is not None and not hasattr(info.callback, "__mist__"):
+            info.name = info.name or info.callback.__name__.replace("_", "-")
+            info.callback = adapt(info.callback)
+            info.epilog = info.epilog or EPILOG
+    if not target.registered_callback:
+        target.callback()(lambda: None)  # a noun stays a noun when it has one verb
+    command = typer.main.get_command(target)
+    command.help = command.help or help
+    return _named(command, name)
+
+
+def _named(command: Any, name: str) -> Any:
+    command.name = name
+    settings = command.context_settings
+    settings.setdefault("help_option_names", ["-h", "--help"])
+    return command
+
+
+def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as typer is to see it: groups spread, globals added, a coroutine run to its end."""
+    signature = inspect.signature(function, eval_str=True)
+    groups: dict[str, type[OptionGroup]] = {}
+    parameters: list[inspect.Parameter] = []
+    for p in signature.parameters.values():
+        if isinstance(p.annotation, type) and issubclass(p.annotation, OptionGroup):
+            groups[p.name] = p.annotation
+            parameters.extend(_spread(p.annotation))
+        else:
+            parameters.append(p.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    parameters.extend(_spread(GlobalOptions, _GLOBAL))
+
+    @wraps(function)
+    def call(**values: Any) -> int:
+        given = {k[len(_GLOBAL) :]: values.pop(k) for k in list(values) if k.startswith(_GLOBAL)}
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+        return _call(function, values, given)
+
+    call.__signature__ = signature.replace(parameters=parameters, return_annotation=int)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+    call.__doc__ = _keep_examples(inspect.cleandoc(function.__doc__ or ""))
+    call.__mist__ = True  # type: ignore[attr-defined]
+    del call.__wrapped__
+    return call
+
+
+def _spread(group: type[OptionGroup], prefix: str = "") -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    out = []
+    for f in fields(group):
+        default = f.default_factory() if f.default is NODEFAULT else f.default
+        out.append(
+            inspect.Parameter(
+                prefix + f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[f.name]
+            )
+        )
+    return out
+
+
+def _keep_examples(doc: str) -> str:
+    """Paragraphs of examples keep their lines (the parser's own mark for that is a line with a backspace)."""
+    parts = doc.split("\n\n")
+    return "\n\n".join("\b\n" + p if p.startswith(("Example:", "Examples:")) else p for p in parts)
+
+
+_before: dict[str, Any] = {}
+
+
+def _call(function: Callable[..., Any], values: dict[str, Any], given: dict[str, Any]) -> int:
+    """Run one command function in its session; returns the exit code."""
+    session = start({**_before, **{k: v for k, v in given.items() if v not in (None, False)}})
+
+    async def work() -> Any:
+        async with session:
+            return await function(**values)
+
+    return finish(
+        session,
+        (lambda: run(work, timeout_s=session.timeout_s))
+        if inspect.iscoroutinefunction(function)
+        else (lambda: function(**values)),
+    )
+
+
+def finish(session: Session, work: Callable[[], Any]) -> int:
+    """The exit code of a piece of work: its own, or the session's when it gives none, or 128 + signal."""
+    try:
+        result = work()
+        session.out.flush()
+    except Interrupted as exc:
+        session.out.flush()
+        session.say_resume()
+        return 128 + exc.number
+    except BrokenPipeError:
+        raise
+    except BaseException:
+        session.out.flush()
+        session.say_resume()
+        raise
+    return result if isinstance(result, int) else session.exit_code
+
+
+def parse_and_run(command: Any, args: Sequence[str], prog: str, found: dict[str, Any]) -> int:
+    """Parse `args` and run. Raises UsageFault for what the parser refuses."""
+    _before.clear()
+    _before.update(found)
+    try:
+        result = command.main(args=list(args), prog_name=prog, standalone_mode=False)
+    except Exception as exc:
+        raise _translate(exc, prog) from exc
+    return result if isinstance(result, int) else 0
+
+
+def _translate(exc: Exception, prog: str) -> Exception:
+    message = getattr(exc, "format_message", None)
+    if message is None or getattr(exc, "exit_code", None) is None:
+        return exc
+    context = getattr(exc, "ctx", None)
+    path = context.command_path if context is not None else prog
+    if exc.__class__.__name__ == "NoArgsIsHelpError":
+        return UsageFault(f"{path}: which verb?\n\n{message().rstrip()}", "")
+    return UsageFault(f"{path}: {message().rstrip('.')}", f"see `{path} --help`")

@@ -1,0 +1,242 @@
+"""Settings: mist.toml < selected context < environment < flags, merged into frozen Structs, each value with its origin.
+
+Promises: an unknown key, a value of the wrong type or an unreadable file is an error that names the place; nothing is
+ignored. Environment variables are `MIST_` and the key in capitals, `__` between levels (`MIST_A__B` is `b` in `[a]`).
+Reading creates nothing. Secrets do not belong here: they come from the environment or a token file at the point of use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import fields
+
+from mist.errors import InvalidArgument, NotFound
+
+T = TypeVar("T", bound=Struct)
+Format = Literal["table", "json", "jsonl", "csv", "raw"]
+
+DEFAULT_URL = "log:.mist"
+FILE = "mist.toml"
+PREFIX = "MIST_"
+NOT_SETTINGS = frozenset({"MIST_CONFIG", "MIST_CONTEXT", "MIST_TEST_DATA"})
+"""Variables with our prefix that are not values of MistConfig."""
+
+
+class MistConfig(Struct, frozen=True, kw_only=True):
+    """What the command line can be told once instead of every time."""
+
+    url: str = DEFAULT_URL
+    """The broker, when -u does not say."""
+    format: Format = "table"
+    timeout_s: float = 0.0
+    """Give up a command after this long; 0 = never."""
+    no_input: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    pager: bool = True
+    """Page a table that is taller than the terminal."""
+
+
+class Layer(Struct, frozen=True):
+    """One source of values: nested plain values and the name it is reported under."""
+
+    origin: str
+    values: dict[str, Any]
+
+
+class Loaded(Struct, Generic[T], frozen=True):
+    """`origins` has one entry per leaf, by dotted key."""
+
+    value: T
+    origins: dict[str, str]
+
+
+class Context(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A named broker URL."""
+
+    url: str
+    description: str = ""
+
+
+class Contexts(Struct, frozen=True, kw_only=True):
+    """The contexts file."""
+
+    selected: str = ""
+    contexts: dict[str, Context] = {}
+
+
+def merge(schema: type[T], layers: Sequence[Layer]) -> Loaded[T]:
+    """The layers on top of the schema's defaults, later ones winning. Raises InvalidArgument naming layer and key."""
+    merged: dict[str, Any] = {}
+    origins = dict.fromkeys(_leaves(schema), "default")
+    for layer in layers:
+        _overlay(schema, merged, layer.values, layer.origin, origins, "")
+    return Loaded(msgspec.convert(merged, schema, strict=False), origins)
+
+
+def _overlay(
+    schema: type[Struct], into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: dict[str, str], at: str
+) -> None:
+    known = {f.encode_name: f for f in fields(schema)}
+    for key, value in values.items():
+        dotted = f"{at}{key}"
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            raise InvalidArgument(
+                f"{origin}: unknown key {dotted!r}",
+                hint=f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}",
+            )
+        kind = known[key].type
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            if not isinstance(value, Mapping):
+                raise InvalidArgument(f"{origin}: {dotted} is a table, not {value!r}")
+            _overlay(kind, into.setdefault(key, {}), value, origin, origins, f"{dotted}.")
+            continue
+        try:
+            into[key] = msgspec.convert(value, kind, strict=not isinstance(value, str))
+        except msgspec.ValidationError as exc:
+            raise InvalidArgument(f"{origin}: {dotted}: {exc}") from exc
+        origins[dotted] = origin
+
+
+def _leaves(schema: type[Struct], at: str = "") -> list[str]:
+    out: list[str] = []
+    for f in fields(schema):
+        nested = isinstance(f.type, type) and issubclass(f.type, Struct)
+        out.extend(_leaves(f.type, f"{at}{f.encode_name}.") if nested else [f"{at}{f.encode_name}"])
+    return out
+
+
+def file_layer(path: Path) -> Layer:
+    """A TOML file as a layer. Raises InvalidArgument with the line when it is not TOML, NotFound when absent."""
+    try:
+        return Layer(str(path), tomllib.loads(path.read_text(encoding="utf-8-sig")))
+    except FileNotFoundError as exc:
+        raise NotFound(f"no configuration file {path}", hint="`mist config init` writes one") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise InvalidArgument(f"{path}: not TOML: {exc}") from exc
+    except OSError as exc:
+        raise InvalidArgument(f"{path}: cannot be read: {exc.strerror}") from exc
+
+
+def env_layers(schema: type[Struct], env: Mapping[str, str], prefix: str = PREFIX) -> list[Layer]:
+    """One layer per variable that names a key of the schema, so that every origin is the variable's name."""
+    out = []
+    for dotted in _leaves(schema):
+        name = prefix + dotted.replace(".", "__").upper()
+        if env.get(name, "") == "":
+            continue
+        nested: Any = env[name]
+        for key in reversed(dotted.split(".")):
+            nested = {key: nested}
+        out.append(Layer(name, nested))
+    return out
+
+
+def unknown_variables(schema: type[Struct], env: Mapping[str, str], prefix: str = PREFIX) -> list[str]:
+    """Variables with the prefix that name nothing we know: probably typing errors."""
+    known = {prefix + d.replace(".", "__").upper() for d in _leaves(schema)} | NOT_SETTINGS
+    return sorted(k for k in env if k.startswith(prefix) and k not in known)
+
+
+def config_dir(env: Mapping[str, str] = os.environ) -> Path:
+    """The user's configuration directory (XDG)."""
+    base = env.get("XDG_CONFIG_HOME", "")
+    return (Path(base) if base else Path(env.get("HOME", "~")).expanduser() / ".config") / "mist"
+
+
+def config_file(env: Mapping[str, str] = os.environ, cwd: Path | None = None) -> Path | None:
+    """The file in force: MIST_CONFIG, ./mist.toml, the user's; None when there is none."""
+    named = env.get("MIST_CONFIG", "")
+    if named:
+        return Path(named)
+    for path in ((cwd or Path()) / FILE, config_dir(env) / FILE):
+        if path.is_file():
+            return path
+    return None
+
+
+def contexts_file(env: Mapping[str, str] = os.environ) -> Path:
+    return config_dir(env) / "contexts.json"
+
+
+def load_contexts(env: Mapping[str, str] = os.environ) -> Contexts:
+    """The saved contexts; an absent file is an empty set."""
+    path = contexts_file(env)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Contexts)
+    except FileNotFoundError:
+        return Contexts()
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise InvalidArgument(f"{path}: not a contexts file: {exc}", hint="mend it or delete it") from exc
+    except OSError as exc:
+        raise InvalidArgument(f"{path}: cannot be read: {exc.strerror}") from exc
+
+
+def save_contexts(contexts: Contexts, env: Mapping[str, str] = os.environ) -> Path:
+    """Write the contexts file atomically, readable by its owner only."""
+    path = contexts_file(env)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(msgspec.to_builtins(contexts), indent=2, sort_keys=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path
+
+
+def context_layer(env: Mapping[str, str] = os.environ) -> Layer | None:
+    """The selected context (or MIST_CONTEXT) as a layer."""
+    contexts = load_contexts(env)
+    name = env.get("MIST_CONTEXT", "") or contexts.selected
+    if not name:
+        return None
+    context = contexts.contexts.get(name)
+    if context is None:
+        raise NotFound(f"no context {name}", hint="`mist context ls` shows them")
+    return Layer(f"context {name}", {"url": context.url})
+
+
+def load_config(
+    flags: Mapping[str, Any] | None = None, *, env: Mapping[str, str] = os.environ, cwd: Path | None = None
+) -> Loaded[MistConfig]:
+    """The settings in force. The contexts file is not looked at when the URL is given by flag or variable."""
+    layers: list[Layer] = []
+    path = config_file(env, cwd)
+    if path is not None:
+        layers.append(file_layer(path))
+    if not (flags or {}).get("url") and not env.get("MIST_URL"):
+        context = context_layer(env)
+        if context is not None:
+            layers.append(context)
+    layers.extend(env_layers(MistConfig, env))
+    layers.extend(Layer("flag", {k: v}) for k, v in (flags or {}).items())
+    loaded = merge(MistConfig, layers)
+    if loaded.value.timeout_s < 0:
+        raise InvalidArgument(f"{loaded.origins['timeout_s']}: timeout_s is negative")
+    return loaded
+
+
+TEMPLATE = """\
+# Settings of the mist command line. Later sources win: this file, the selected context, MIST_* variables, flags.
+
+# url = "log:.mist"       # which broker; MIST_URL, -u
+# format = "table"        # table, json, jsonl, csv, raw; MIST_FORMAT, -o
+# timeout_s = 0.0         # give up after this long, 0 = never; MIST_TIMEOUT_S, --timeout
+# no_input = false        # never ask; MIST_NO_INPUT, --no-input
+# quiet = false           # values and errors only; MIST_QUIET, -q
+# verbose = false         # more on stderr; MIST_VERBOSE, -v
+# pager = true            # page a table taller than the terminal; MIST_PAGER
+"""
