@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -148,9 +149,15 @@ class Output:
         """Everything written so far is handed to the system. Raises BrokenPipeError when the reader is gone."""
         data, self._pending = self._pending, bytearray()
         if self._bytes is not None:
-            if data:
-                self._out.flush()
-                self._bytes.write(data)
+            self._out.flush()
+            left = memoryview(data)
+            while left:
+                # unbuffered (PYTHONUNBUFFERED) a write may be short when a signal comes, and None when it would block
+                written = self._bytes.write(left)
+                if written is None:
+                    select.select([], [self._bytes], [])
+                else:
+                    left = left[written:]
             self._bytes.flush()
         else:
             self._out.write(data.decode("utf-8", "replace"))

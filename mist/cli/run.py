@@ -10,11 +10,15 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any
 
 from mist.errors import TimedOut
+
+AGAIN_S = 0.5
+"""A repeat within this time is the same wish: `timeout` and some supervisors signal the process and then its group."""
 
 
 class Interrupted(Exception):
@@ -32,6 +36,7 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None
     `signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write.
     """
     caught: list[int] = []
+    first: list[float] = []
 
     async def body() -> Any:
         loop = asyncio.get_running_loop()
@@ -39,8 +44,11 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None
 
         def stop(number: int, frame: FrameType | None) -> None:
             if caught:
-                raise KeyboardInterrupt
+                if time.monotonic() - first[0] > AGAIN_S:
+                    raise KeyboardInterrupt
+                return
             caught.append(number)
+            first.append(time.monotonic())
             loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
 
         before = {}

@@ -36,6 +36,15 @@ class UsageFault(Exception):
         self.hint = hint
 
 
+class Job:
+    """A parsed command: what is to be called with what, and the global options that came after the command."""
+
+    def __init__(self, function: Callable[..., Any], values: dict[str, Any], given: dict[str, Any]) -> None:
+        self.function = function
+        self.values = values
+        self.given = given
+
+
 def noun(help: str) -> typer.Typer:
     """A Typer for a noun's verbs, with the settings that all of ours share."""
     return typer.Typer(
@@ -90,14 +99,14 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters.extend(_spread(GlobalOptions, _GLOBAL))
 
     @wraps(function)
-    def call(**values: Any) -> int:
+    def call(**values: Any) -> Job:
         given = {k[len(_GLOBAL) :]: values.pop(k) for k in list(values) if k.startswith(_GLOBAL)}
         for name, group in groups.items():
             values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
-        return _call(function, values, given)
+        return Job(function, values, {k: v for k, v in given.items() if v not in (None, False)})
 
-    call.__signature__ = signature.replace(parameters=parameters, return_annotation=int)  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+    call.__signature__ = signature.replace(parameters=parameters, return_annotation=Job)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": Job}
     call.__doc__ = _keep_examples(inspect.cleandoc(function.__doc__ or ""))
     call.__mist__ = True  # type: ignore[attr-defined]
     del call.__wrapped__
@@ -123,23 +132,17 @@ def _keep_examples(doc: str) -> str:
     return "\n\n".join("\b\n" + p if p.startswith(("Example:", "Examples:")) else p for p in parts)
 
 
-_before: dict[str, Any] = {}
-
-
 def _call(function: Callable[..., Any], values: dict[str, Any], given: dict[str, Any]) -> int:
     """Run one command function in its session; returns the exit code."""
-    session = start({**_before, **{k: v for k, v in given.items() if v not in (None, False)}})
+    session = start(given)
 
     async def work() -> Any:
         async with session:
             return await function(**values)
 
-    return finish(
-        session,
-        (lambda: run(work, timeout_s=session.timeout_s))
-        if inspect.iscoroutinefunction(function)
-        else (lambda: function(**values)),
-    )
+    if inspect.iscoroutinefunction(function):
+        return finish(session, lambda: run(work, timeout_s=session.timeout_s))
+    return finish(session, lambda: function(**values))
 
 
 def finish(session: Session, work: Callable[[], Any]) -> int:
@@ -161,14 +164,18 @@ def finish(session: Session, work: Callable[[], Any]) -> int:
 
 
 def parse_and_run(command: Any, args: Sequence[str], prog: str, found: dict[str, Any]) -> int:
-    """Parse `args` and run. Raises UsageFault for what the parser refuses."""
-    _before.clear()
-    _before.update(found)
+    """Parse `args`, then run. Raises UsageFault for what the parser refuses.
+
+    The command runs after the parser has returned: inside it, the parser's own ideas about broken pipes, interrupts and
+    exit codes would come between us and them.
+    """
     try:
-        result = command.main(args=list(args), prog_name=prog, standalone_mode=False)
+        job = command.main(args=list(args), prog_name=prog, standalone_mode=False)
     except Exception as exc:
         raise _translate(exc, prog) from exc
-    return result if isinstance(result, int) else 0
+    if isinstance(job, Job):
+        return _call(job.function, job.values, found | job.given)
+    return job if isinstance(job, int) else 0
 
 
 def _translate(exc: Exception, prog: str) -> Exception:
