@@ -96,7 +96,7 @@ class FileStream(Stream):
         if self.path.is_dir():
             raise InvalidArgument(f"{self.path} is a directory", hint="name a JSON-lines file")
         self.name = str(self.path)
-        self._strict = strict
+        self.strict = strict
         self._plain = self.path.suffix not in (".gz", ".zst")
         self._file = open_lines(self.path)
         self._offsets = [0]  # of each chunk looked at …
@@ -239,7 +239,7 @@ class FileStream(Stream):
         if len(line) > LINE_BYTES_MAX:
             raise Malformed(f"{self.path}: line {number} is longer than {LINE_BYTES_MAX} bytes")
         content = parse_line(body)
-        if content.error is not None and self._strict:
+        if content.error is not None and self.strict:
             raise DataLoss(
                 first=number, last=number, resume_after=number, stream=self.name,
                 why=f"not an envelope ({content.error.message})",

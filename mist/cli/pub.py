@@ -79,7 +79,7 @@ async def command(
     subject = check_subject(fields.subject or subject_for(fields.type))
     first = _message(fields, payload, subject)
     target = await session.stream(stream, create=True)
-    pace = _Pace(rate)
+    pace = Pace(rate)
     sequences: list[int] = []
     step = BATCH if rate is None else max(1, min(BATCH, int(rate // 10)))
     with session.out.progress("publishing", repeat) as progress:
@@ -139,7 +139,7 @@ def _message(fields: Fields, payload: Raw, subject: str) -> Message:
     return Message(subject, data, env.id)
 
 
-class _Pace:
+class Pace:
     """At most `rate` a second, evenly."""
 
     def __init__(self, rate: float | None) -> None:
@@ -159,7 +159,7 @@ class _Pace:
 async def _publish_lines(session: Session, target: Stream, rate: float | None) -> None:
     known = (await target.info()).last
     published = repeated = invalid = first = 0
-    pace = _Pace(rate)
+    pace = Pace(rate)
     step = BATCH if rate is None else max(1, min(BATCH, int(rate // 10)))
     with session.out.progress("publishing") as progress:
         for batch, bad in _batches(session, _stdin(session), step):

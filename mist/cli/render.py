@@ -153,7 +153,7 @@ class Output:
             left = memoryview(data)
             while left:
                 # unbuffered (PYTHONUNBUFFERED) a write may be short when a signal comes, and None when it would block
-                written = self._bytes.write(left)
+                written: int | None = self._bytes.write(left)
                 if written is None:
                     select.select([], [self._bytes], [])
                 else:

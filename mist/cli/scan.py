@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from mist.broker.base import Checkpoints, Stream, StreamInfo
 from mist.broker.clock import SYSTEM
 from mist.cli.filters import Filter, compile_filter
+from mist.cli.manifest import Gap
 from mist.cli.options import FilterOptions, RangeOptions
 from mist.cli.position import START, Position, after_of, last_of, parse_position, since_position
 from mist.cli.records import View
@@ -137,6 +138,7 @@ class Scan:
 def report_damage(session: Session, exc: DataLoss) -> None:
     """Warn of a damaged range; the command ends with 9."""
     session.out.flush()
+    session.gaps.append(Gap(exc.first, exc.last, exc.message))
     session.out.warn(f"{exc.message}; going on after {exc.resume_after}")
     session.fail_with(PARTIAL)
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 from mist.broker.base import Broker, Stream
 from mist.broker.registry import adapter
 from mist.cli import render
+from mist.cli.manifest import Gap
 from mist.cli.render import FORMATS, Output
 from mist.config import MistConfig, load_config
 from mist.errors import InvalidArgument, MistError, NotFound, Unavailable
@@ -36,6 +37,7 @@ class Session:
         self.timeout_s = config.timeout_s or None
         self.exit_code = 0
         self.resume = ""
+        self.gaps: list[Gap] = []
         self._stack = AsyncExitStack()
         self._brokers: dict[str, Broker] = {}
 

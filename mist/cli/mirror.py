@@ -1,0 +1,109 @@
+"""`mist mirror`: a copy that does not end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack
+from typing import Annotated
+
+import typer
+
+from mist.broker.base import Stream
+from mist.broker.clock import SYSTEM
+from mist.cli.copy import Destination, Restart, Source
+from mist.cli.options import FilterOptions, Rate
+from mist.cli.render import seq
+from mist.cli.scan import Scan, filter_of
+from mist.cli.session import Session, current
+from mist.cli.transfer import Sink, Transfer, open_sink, resume_after, source_url, strict, transfer_key
+from mist.errors import InvalidArgument
+
+EVERY_S = 5.0
+
+
+async def command(
+    src: Source,
+    dst: Destination,
+    wanted: FilterOptions,
+    every: Annotated[
+        float, typer.Option("--every", min=0.1, metavar="S", help="Seconds between two lag reports.")
+    ] = EVERY_S,
+    rate: Rate = None,
+    restart: Restart = False,
+    until_idle: Annotated[bool, typer.Option("--once", help="End when the destination has caught up.")] = False,
+) -> None:
+    """Copy a stream continuously: first what is there, then what comes, with a stored place and its lag.
+
+    Stop it and start it again at any time: it goes on where it stopped, and stores nothing twice. With --format jsonl a
+    lag report is one object: {"source","destination","position","last","lag","lag_s","stored","repeated"}.
+
+    Examples:
+      mist mirror trace log:./replica
+      mist mirror trace nats://localhost:4222 --format jsonl
+    """
+    session = current()
+    if session.out.format == "json" and not until_idle:
+        raise InvalidArgument("a mirror has no end, so no JSON document", hint="use --format jsonl")
+    filters = filter_of(wanted)
+    broker, source = await session.locate(src)
+    source = strict(session, source)
+    info = await source.info()
+    key = transfer_key("mirror", source_url(session, src), repr(wanted) if wanted != type(wanted)() else "")
+    async with AsyncExitStack() as stack:
+        sink = await open_sink(session, dst, source.name if broker is not None else "", stack)
+        position = await resume_after(session, sink, key, source.incarnation, restart=restart)
+        after = info.first - 1 if position is None else position
+        scan = Scan(
+            session, source, filters, after=after, follow=not until_idle, from_start=position is None,
+        )  # fmt: skip
+        transfer = Transfer(session, scan, sink, key=key, incarnation=source.incarnation, rate=rate)
+        reporter = _Reporter(session, source, sink, scan, transfer, src, every)
+        session.resume = "the same command goes on where this one stopped"
+        try:
+            with session.out.progress("mirroring") as progress:
+                await transfer.run(progress, each=reporter.maybe)
+        finally:
+            await reporter.now()
+        session.resume = ""
+
+
+class _Reporter:
+    """Lag in records and seconds: on stderr for people, as values with a machine format."""
+
+    def __init__(
+        self, session: Session, source: Stream, sink: Sink, scan: Scan, transfer: Transfer, name: str, every: float
+    ) -> None:
+        self._session = session
+        self._source = source
+        self._sink = sink
+        self._scan = scan
+        self._transfer = transfer
+        self._name = name
+        self._every = every
+        self._next = time.monotonic() + every
+
+    async def maybe(self) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every
+            await self.now()
+
+    async def now(self) -> None:
+        last = (await self._source.info()).last
+        lag = max(0, last - self._scan.position)
+        age = (
+            max(0.0, (SYSTEM.time_ns() - self._transfer.last_time_ns) / 1e9)
+            if lag and self._transfer.last_time_ns
+            else 0.0
+        )
+        out = self._session.out
+        if out.format == "table":
+            out.note(f"{self._name} to {self._sink.name}: at {self._scan.position}, {lag:,} behind ({age:.1f} s)")
+            return
+        out.item(
+            {
+                "source": self._name, "destination": self._sink.name, "position": seq(self._scan.position),
+                "last": seq(last), "lag": lag, "lag_s": round(age, 3), "stored": self._sink.stored,
+                "repeated": self._sink.repeated,
+            }
+        )  # fmt: skip
+        out.flush()
