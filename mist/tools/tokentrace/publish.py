@@ -1,0 +1,117 @@
+"""Envelopes to the trace stream, durably, in batches, at a steady pace where one is asked for.
+
+A batch is acknowledged when its append returns. Transient failures are repeated with the same ids (the broker stores a
+known id once within its window), `TRIES` times with growing pauses, then raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from msgspec import Struct
+
+from mist.broker.base import Message, Stream
+from mist.errors import InvalidArgument, MistError
+from mist.protocol.codec import encode
+from mist.protocol.envelope import Envelope
+from mist.protocol.subject import subject_for
+from mist.tools.tokentrace.files import BadRow
+
+BATCH = 500
+TRIES = 5
+BATCH_BYTES_MAX = 4 * 1024 * 1024
+
+
+class Published(Struct):
+    """What became of it. `append_s` is the time spent waiting for the broker."""
+
+    acknowledged: int = 0
+    last: int = 0
+    append_s: float = 0.0
+    refused: list[BadRow] = []
+    refused_count: int = 0
+
+
+REFUSED_KEPT = 100
+Acked = Callable[[Sequence[Envelope], Sequence[int]], None]
+Gate = Callable[[int], Awaitable[None]]
+
+
+async def publish(
+    stream: Stream,
+    rows: Iterable[Envelope | BadRow],
+    *,
+    rate: float = 0.0,
+    batch: int = BATCH,
+    on_acked: Acked | None = None,
+    gate: Gate | None = None,
+) -> Published:
+    """Append them in order. `rate`: at most so many a second (0 = as fast as it goes). `on_acked` is called after each
+    acknowledged batch with its envelopes and sequences; `gate` before each batch with the number acknowledged."""
+    out = Published()
+    began = time.monotonic()
+    if rate:
+        batch = max(1, min(batch, int(rate / 20) or 1))
+    waiting: list[Envelope] = []
+    messages: list[Message] = []
+    size = 0
+
+    async def flush() -> None:
+        nonlocal size
+        if not messages:
+            return
+        if gate is not None:
+            await gate(out.acknowledged)
+        if rate:
+            early = out.acknowledged / rate - (time.monotonic() - began)
+            if early > 0:
+                await asyncio.sleep(early)
+        at = time.perf_counter()
+        sequences = await append(stream, messages)
+        out.append_s += time.perf_counter() - at
+        out.acknowledged += len(sequences)
+        out.last = max(out.last, *sequences)
+        if on_acked is not None:
+            on_acked(waiting, sequences)
+        waiting.clear()
+        messages.clear()
+        size = 0
+
+    for row in rows:
+        if isinstance(row, BadRow):
+            out.refused_count += 1
+            if len(out.refused) < REFUSED_KEPT:
+                out.refused.append(row)
+            continue
+        data = encode(row)
+        waiting.append(row)
+        messages.append(Message(_subject(row), data, row.id))
+        size += len(data)
+        if len(messages) >= batch or size >= BATCH_BYTES_MAX:
+            await flush()
+    await flush()
+    return out
+
+
+def _subject(env: Envelope) -> str:
+    """`trace.span.<source>`; a source too long for a subject is left out of it."""
+    try:
+        return subject_for(env.type, env.source)
+    except InvalidArgument:
+        return subject_for(env.type)
+
+
+async def append(stream: Stream, messages: Sequence[Message]) -> list[int]:
+    """`stream.append`, repeated while the error says that it is worth it."""
+    pause = 0.05
+    for attempt in range(1, TRIES + 1):
+        try:
+            return await stream.append(messages)
+        except MistError as exc:
+            if not exc.retryable or attempt == TRIES:
+                raise
+        await asyncio.sleep(pause)
+        pause *= 2
+    raise AssertionError("unreachable")  # pragma: no cover
