@@ -46,8 +46,9 @@ class Progress(Struct):
     busy_s: float = 0.0
 
 
-def start(store: Store, stream: Stream, *, restart: bool = False) -> int:
-    """The `after` to go on from. `restart` accepts a stream that was made again and begins it at its first record."""
+def start(store: Store, stream: Stream, *, restart: bool = False, first_after: int = 0) -> int:
+    """The `after` to go on from. A store that has no position begins after `first_after`. `restart` accepts a stream
+    that was made again and begins it so too."""
     found = store.position(stream.name)
     if found is not None and found.incarnation != stream.incarnation:
         if not restart:
@@ -56,8 +57,8 @@ def start(store: Store, stream: Stream, *, restart: bool = False) -> int:
                 hint="`mist trace worker --restart` goes on with the new one; spans already stored stay",
             )
         store.forget(stream.name)
-        return 0
-    return found.sequence if found else 0
+        return first_after
+    return found.sequence if found else first_after
 
 
 def batch_of(page: Page, after: int, progress: Progress) -> Batch:
@@ -85,19 +86,24 @@ async def ingest(
     until: int | None = None,
     stop: asyncio.Event | None = None,
     restart: bool = False,
+    first_after: int = 0,
     record: str = "",
     page_records: int = PAGE,
     wait_s: float = WAIT_S,
     on_event: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Progress:
     """Copy until the store stands at sequence `until` (None = for ever) or `stop` is set; the page in hand is
     finished. Several may run on one store: the first to commit a page wins, the others read on from there.
 
+    `progress` is filled as the work goes on, for callers who want to look while it runs.
+
     Errors worth repeating (Unavailable, a locked store) are waited out with growing pauses; others are raised.
     """
     say = on_event or (lambda _text: None)
-    after = start(store, stream, restart=restart)
-    progress = Progress(after, after)
+    after = start(store, stream, restart=restart, first_after=first_after)
+    progress = progress or Progress(after, after)
+    progress.started_after = progress.position = after
     mirrored, mirrored_at = -1, 0.0
     pause = 0.05
     while not (stop is not None and stop.is_set()) and (until is None or after < until):
@@ -152,7 +158,7 @@ async def _one_page(
         new = await _in_thread(lambda: store.apply(stream.name, stream.incarnation, batch, record=record))
     except PositionMoved:
         moved = store.position(stream.name)
-        return (moved.sequence if moved else 0), True
+        return (moved.sequence if moved else after), True
     progress.busy_s += time.perf_counter() - began
     progress.records += len(batch.rows) + len(batch.refused)
     progress.spans += new

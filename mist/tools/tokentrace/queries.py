@@ -6,6 +6,7 @@ Answers are in a stable order (start time, then position in the stream). Nothing
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import msgspec
 from msgspec import Raw, Struct
@@ -128,13 +129,12 @@ def newest_traces(
     """The traces of the newest matching spans, newest first, each summed over all its spans."""
     where, parameters = window(since_ns, until_ns, model, *([_FAILED] if failed else []))
     order: dict[str, None] = {}
-    for (trace_id,) in store.query(
-        f"SELECT trace_id FROM spans{where} ORDER BY start_ns DESC, sequence DESC",  # noqa: S608
-        parameters,
-    ):
-        order.setdefault(trace_id)
-        if len(order) >= limit:
-            break
+    sql = f"SELECT trace_id FROM spans{where} ORDER BY start_ns DESC, sequence DESC"  # noqa: S608
+    with closing(store.query(sql, parameters)) as found:
+        for (trace_id,) in found:
+            order.setdefault(trace_id)
+            if len(order) >= limit:
+                break
     return [_summary(store, trace_id) for trace_id in order]
 
 

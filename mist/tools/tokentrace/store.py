@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -209,8 +209,8 @@ class Store:
                 raise
         return max(new, 0)
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
-        """Rows of a question, as they come."""
+    def query(self, sql: str, parameters: Sequence[Any] = ()) -> Generator[tuple[Any, ...], None, None]:
+        """Rows of a question, as they come. To be read to its end or closed before the store is."""
         with _translated(self.path):
             yield from self._db.execute(sql, parameters)
 

@@ -1,0 +1,258 @@
+"""What the demo does: two stories at the same time, told by real processes, and the judge at the end.
+
+Traces: a producer publishes durably while a worker copies the stream into its store; halfway the worker is killed with
+SIGKILL and started again. Evals: a run is stopped halfway, gone on with, and replayed from its cursor.
+Nothing here prints; `say` tells what happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from mist.broker.base import Broker, Stream
+from mist.broker.registry import connect
+from mist.cli._demo_children import Child, Nursery, nursery, until
+from mist.cli._demo_judge import Verdict, judge
+from mist.cli._demo_producer import Order, Report
+from mist.errors import MistError, NotFound, TimedOut, Unsupported
+from mist.tools.matchspec.results import Row, read_run, result_subject, rows
+from mist.tools.matchspec.run import cursor_name
+from mist.tools.tokentrace.stats import ModelStats, stats
+from mist.tools.tokentrace.store import Store
+
+PRODUCE_S = 5.0
+EVAL_S = 6.0
+RATE_MIN = 2000.0
+HOLD_AT = 0.75
+DRAINED = 143
+TRACES, EVALS = "trace", "eval"
+Say = Callable[[str], None]
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """`files` is the demo's own directory inside `data_dir`. `right`: passes known by construction, empty for real data."""
+
+    url: str
+    data_dir: Path
+    files: Path
+    store: Path
+    spans: int
+    seed: int
+    run: str
+    trace_file: Path | None
+    suite_file: Path
+    right: dict[str, int]
+    limit_s: float
+
+
+class TraceFacts(Struct, frozen=True, kw_only=True):
+    """The story of the spans. `applied_per_s`: rows the second worker stored per second of work."""
+
+    verdict: Verdict
+    spans: list[ModelStats]
+    worker_kills: int
+    killed_at: int
+    resumed_after: int
+    published_per_s: float
+    appended_per_s: float
+    applied_per_s: float
+
+
+class EvalFacts(Struct, frozen=True, kw_only=True):
+    """The story of the eval. `kept`: results that were there when the run was gone on with."""
+
+    rows: list[Row]
+    kept: int
+    total: int
+    replayed_from: int
+    replayed: int
+    complete: bool
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    traces: TraceFacts
+    evals: EvalFacts
+    elapsed_s: float
+    durability: str
+
+    @property
+    def ok(self) -> bool:
+        t = self.traces
+        table_whole = sum(s.count for s in t.spans) == t.verdict.stored
+        return (
+            t.verdict.ok
+            and table_whole
+            and t.worker_kills > 0
+            and t.resumed_after == t.killed_at
+            and self.evals.complete
+        )
+
+
+async def run_demo(plan: Plan, say: Say) -> Outcome:
+    """All of it. Raises TimedOut above `limit_s`, Internal when a child fails, Unsupported for a broker that several
+    processes cannot share."""
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(plan.limit_s):
+            async with connect(plan.url) as broker:
+                if not broker.capabilities.processes:
+                    raise Unsupported("processes", broker.backend, hint="use log:DIR or a server")
+                trace_stream = await broker.open(TRACES)
+                durability = (await trace_stream.info()).durability
+                say(f"broker {broker.url}, streams {TRACES} and {EVALS}, durability {durability}")
+                async with nursery(plan.files) as children, asyncio.TaskGroup() as tasks:
+                    evals = tasks.create_task(_evals(plan, broker, children, say))
+                    traces = tasks.create_task(_traces(plan, trace_stream, children, say))
+    except TimeoutError as exc:
+        raise TimedOut(f"the demo is not done after {plan.limit_s:g} s", hint=f"its logs: {plan.files}") from exc
+    except BaseExceptionGroup as group:
+        found = group.subgroup(MistError)
+        while isinstance(found, BaseExceptionGroup):
+            found = found.exceptions[0]  # type: ignore[assignment]
+        raise (found or group) from group
+    return Outcome(
+        traces=traces.result(), evals=evals.result(), elapsed_s=time.monotonic() - began, durability=durability
+    )
+
+
+async def _traces(plan: Plan, stream: Stream, children: Nursery, say: Say) -> TraceFacts:
+    acknowledged = plan.files / "acknowledged.txt"
+    info = await stream.info()
+    rate = max(plan.spans / PRODUCE_S, RATE_MIN)
+    order = Order(
+        url=plan.url,
+        stream=TRACES,
+        acknowledged=str(acknowledged),
+        count=plan.spans,
+        seed=plan.seed,
+        run=plan.run,
+        file=str(plan.trace_file or ""),
+        rate=rate,
+        hold_at=int(plan.spans * HOLD_AT),
+    )
+
+    async def worker(name: str) -> Child:
+        # fmt: off
+        return await children.start(
+            name, "-m", "mist", "trace", "worker", "--stream", TRACES, "--store", str(plan.store), "--record", name,
+            "--from", f"+{info.last}", "--url", plan.url, "--format", "json",
+        )
+        # fmt: on
+
+    first = await worker("worker-1")
+    text = msgspec.json.encode(order).decode()
+    producer = await children.start("producer", "-m", "mist.cli._demo_producer", text)
+    say(f"publishing {plan.spans:,} spans at {rate:,.0f}/s, a worker ingests them")
+    await until(lambda: _applied(plan.store) >= plan.spans // 2 or None, first)
+    publishing = producer.running
+    first.kill()
+    await first.ended(-9)
+    killed_at = _position(plan.store)
+    producer.tell(b"go on\n")
+    say(f"killed the worker (SIGKILL) at sequence {killed_at}" + (", the producer goes on" if publishing else ""))
+    second = await worker("worker-2")
+    report = msgspec.json.decode(await producer.ended(0), type=Report)
+    say(f"producer done: {report.acknowledged:,} spans acknowledged")
+    await until(lambda: _position(plan.store) >= report.last or None, second)
+    second.terminate()
+    work: dict[str, Any] = msgspec.json.decode(await second.ended(DRAINED))
+    say(f"the second worker went on after sequence {work['started_after']} and is done")
+    with Store.read(plan.store) as store:
+        verdict = judge(acknowledged, store)
+        found = stats(store)
+    return TraceFacts(
+        verdict=verdict,
+        spans=found.spans,
+        worker_kills=1,
+        killed_at=killed_at,
+        resumed_after=work["started_after"],
+        published_per_s=report.acknowledged / report.elapsed_s,
+        appended_per_s=report.acknowledged / max(report.append_s, 1e-9),
+        applied_per_s=work["records"] / max(work["busy_s"], 1e-9),
+    )
+
+
+def _applied(path: Path) -> int:
+    """How many rows the workers have applied so far."""
+    return _look(path, "SELECT max(rowid) FROM applied")
+
+
+def _position(path: Path) -> int:
+    return _look(path, "SELECT max(sequence) FROM position")
+
+
+def _look(path: Path, sql: str) -> int:
+    try:
+        with Store.read(path) as store:
+            row = store.one(sql)
+    except (NotFound, MistError):
+        return 0  # not made yet, or just being made by the worker
+    return int(row[0]) if row and row[0] is not None else 0
+
+
+async def _evals(plan: Plan, broker: Broker, children: Nursery, say: Say) -> EvalFacts:
+    stream = await broker.open(EVALS)
+    total = _eval_total(plan)
+
+    async def mist(name: str, *args: str) -> Child:
+        return await children.start(
+            name, "-m", "mist", "eval", *args, "--stream", EVALS, "--url", plan.url, "--format", "json"
+        )
+
+    suite = str(plan.suite_file)
+    first = await mist("eval-1", "run", suite, "--run", plan.run, "--rate", str(total / EVAL_S))
+    say(f"eval run {plan.run}: {total:,} samples, one durable result each")
+    await _results(stream, plan.run, total // 2, first)
+    first.terminate()
+    await first.ended(DRAINED)
+    stopped = await read_run(stream, plan.run)
+    cursor = await broker.checkpoints.load(EVALS, cursor_name(plan.run))
+    at = cursor.sequence if cursor is not None else stopped.info.last
+    say(f"stopped the eval run at sequence {at}, {stopped.info.done:,} of {total:,} results")
+    second = await mist("eval-2", "run", suite, "--run", plan.run)
+    table = msgspec.json.decode(await second.ended(0), type=list[Row])
+    again = await mist("eval-replay", "replay", plan.run, "--from", f"+{at}")
+    replayed: dict[str, Any] = msgspec.json.decode(await again.ended(0))
+    whole = await read_run(stream, plan.run)
+    say(f"went on, and replayed {replayed['results']:,} results from sequence {at} to completion")
+    before = sum(1 for r in whole.results if r.sequence <= at)
+    return EvalFacts(
+        rows=table,
+        kept=stopped.info.done,
+        total=total,
+        replayed_from=at,
+        replayed=replayed["results"],
+        complete=(
+            whole.info.complete
+            and whole.info.total == total
+            and whole.doubled == 0
+            and 0 < stopped.info.done < total
+            and before + replayed["results"] == total
+            and table == rows((r.result for r in whole.results), whole.manifest.models)
+            and (not plan.right or {r.model: r.passed for r in table} == plan.right)
+        ),
+    )
+
+
+def _eval_total(plan: Plan) -> int:
+    from mist.cli.eval import load_suite
+
+    return load_suite(plan.suite_file).total
+
+
+async def _results(stream: Stream, run: str, wanted: int, child: Child) -> None:
+    """Wait until the run has this many results in the stream."""
+    found, after = 0, (await stream.info()).first - 1
+    while found < wanted:
+        page = await stream.read(after=after, subjects=(result_subject(run),), limit=1000, wait_s=0.2)
+        found += len(page.records)
+        after = page.scanned
+        if not page.records and not child.running:
+            await child.ended(-1)  # no code is right here: say how it ended

@@ -1,0 +1,62 @@
+"""What the tools' commands share: where a store lies, ages as times, draining on a signal. Nothing here prints."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from mist.errors import InvalidArgument
+from mist.protocol.url import Url, redact
+
+T = TypeVar("T")
+
+StoreOption = Annotated[
+    str, typer.Option("--store", metavar="FILE", help="The SQLite store; default DIR/tools/TOOL.db for log:DIR.")
+]
+SinceOption = Annotated[
+    str, typer.Option("--since", metavar="AGE", help="Started in the last 1h, 30m, 2d, or since a time.")
+]
+UntilOption = Annotated[str, typer.Option("--until", metavar="AGE", help="Started before this long ago, or this time.")]
+LimitOption = Annotated[int, typer.Option("-n", "--count", min=1, metavar="N", help="At most N.")]
+
+
+def store_path(url: Url, tool: str, given: str = "") -> Path:
+    """`--store`, or DIR/tools/<tool>.db for log:DIR, or a file in the user's state directory for a server."""
+    if given:
+        return Path(given)
+    if url.scheme == "log":
+        return Path(url.target or ".") / "tools" / f"{tool}.db"
+    if url.scheme == "memory":
+        raise InvalidArgument("memory: is gone when this command ends", hint="use log:DIR, a server, or name a --store")
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    server = redact(url.without_query())
+    return Path(base) / "mist" / hashlib.sha256(server.encode()).hexdigest()[:16] / f"{tool}.db"
+
+
+def time_option(text: str) -> int | None:
+    """Unix nanoseconds of `--since` and `--until`: an age or a time; None for the empty text."""
+    if not text:
+        return None
+    from mist.cli.position import since_position
+
+    return since_position(text, now_ns=time.time_ns()).number
+
+
+async def drained(work: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> T:
+    """Run `work(stop)`; a cancellation (a signal, a timeout) sets `stop` and waits until the work has put its things
+    in order, then goes on."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(work(stop))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await task
+        raise

@@ -1,0 +1,212 @@
+"""`mist demo`: the main job end to end, on this machine, in about half a minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from mist.cli.session import Session, current
+from mist.errors import Conflict, NotFound, Refused
+from mist.protocol.url import parse_url
+
+if TYPE_CHECKING:
+    from mist.cli._demo_run import Outcome, Plan
+
+SPANS = 50_000
+SEED = 2023
+LIMIT_S = 90.0
+AZURE = "azure_llm_conv_2023.csv"
+GSM8K = "gsm8k_model_solutions.jsonl"
+
+
+async def command(
+    data: Annotated[
+        str, typer.Option("--data", metavar="DIR", help=f"Real files to use where they are there: {AZURE}, {GSM8K}.")
+    ] = "",
+    dir: Annotated[str, typer.Option("--dir", metavar="DIR", help="An empty or new directory for the data.")] = "",
+    spans: Annotated[
+        int, typer.Option("--spans", min=100, max=5_000_000, metavar="N", help="How many made-up spans.")
+    ] = SPANS,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Other traffic, other answers.")] = SEED,
+) -> int:
+    """Run the main job: durable ingest, a killed worker, an eval that is stopped and replayed.
+
+    A producer publishes spans while a worker stores them; the worker is killed (SIGKILL) halfway and started again. An
+    eval run is stopped halfway, gone on with and replayed from its cursor. Then the judge counts what was lost and what
+    was done twice. Exit code 0 only if nothing was and both tables are complete.
+
+    Without -u the broker is the embedded log in a fresh directory, which is left behind for you to look at.
+
+    Examples:
+      mist demo
+      mist demo --data ../shared/data --format json
+      mist demo -u nats://localhost:4222
+    """
+    from mist.cli._demo_run import run_demo
+
+    session = current()
+    plan = make_plan(session, data, dir, spans, seed)
+    outcome = await run_demo(plan, session.out.note)
+    if session.out.json:
+        session.out.item(document(plan, outcome))
+    else:
+        _print(session, plan, outcome)
+    return 0 if outcome.ok else 1
+
+
+def make_plan(session: Session, data: str, dir: str, spans: int, seed: int) -> Plan:
+    """Choose the directories and files; the first thing written."""
+    from mist.cli._demo_run import Plan
+    from mist.cli._demo_suite import write_suite
+    from mist.cli._tools import store_path
+
+    given = session.origins.get("url", "default") != "default"
+    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    trace_file, suite_file = _real_files(Path(data), session) if data else (None, None)
+    url = session.url
+    if given and url.scheme == "log" and not dir:
+        data_dir = Path(url.target or ".").absolute()
+    else:
+        data_dir = _fresh(dir, stamp)
+    broker = str(url) if given else f"log:{quote(str(data_dir), safe='/')}"
+    files = _unused(data_dir / f"demo-{stamp}")
+    files.mkdir(parents=True)
+    store = store_path(parse_url(f"log:{quote(str(data_dir), safe='/')}"), "tokentrace")
+    if store.exists():
+        store = files / "tokentrace.db"  # somebody's spans are in the usual place: keep ours apart
+    right: dict[str, int] = {}
+    if suite_file is None:
+        suite_file, right = write_suite(files / "suite", seed=seed)
+    if trace_file is not None:
+        from mist.tools.tokentrace.files import BadRow, envelopes_of
+
+        spans = sum(1 for row in envelopes_of(trace_file) if not isinstance(row, BadRow))
+    return Plan(
+        url=broker,
+        data_dir=data_dir,
+        files=files,
+        store=store,
+        spans=spans,
+        seed=seed,
+        run=f"demo-{stamp}-{time.time_ns() % 10_000:04d}",
+        trace_file=trace_file,
+        suite_file=suite_file,
+        right=right,
+        limit_s=session.timeout_s or LIMIT_S,
+    )
+
+
+def _real_files(data: Path, session: Session) -> tuple[Path | None, Path | None]:
+    if not data.is_dir():
+        raise NotFound(f"no directory {data}")
+    found = []
+    for name in (AZURE, GSM8K):
+        path = (data / name).absolute()
+        if not path.is_file():
+            session.out.warn(f"{data} has no {name}: made-up data instead")
+        found.append(path if path.is_file() else None)
+    if found == [None, None]:
+        raise NotFound(f"{data} has neither {AZURE} nor {GSM8K}", hint="leave --data out to use made-up data")
+    return found[0], found[1]
+
+
+def _fresh(dir: str, stamp: str) -> Path:
+    path = Path(dir).absolute() if dir else _unused(Path.cwd() / f".mist-demo-{stamp}")
+    try:
+        path.mkdir(parents=True, exist_ok=bool(dir))
+        if any(path.iterdir()):
+            raise Conflict(f"{path} is not empty", hint="the demo wants a directory of its own; leave --dir out")
+    except OSError as exc:
+        raise Refused(f"{path}: {exc.strerror or exc}", hint="name a directory with --dir") from exc
+    return path
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    found = path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.name}-{number}")
+    return found
+
+
+def document(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """`mist demo --format json`."""
+    import msgspec
+
+    from mist.cli.render import seq
+    from mist.protocol.url import redact
+
+    t, e = outcome.traces, outcome.evals
+    return {
+        "broker": redact(plan.url),
+        "acknowledged": t.verdict.acknowledged,
+        "stored": t.verdict.stored,
+        "lost": t.verdict.lost,
+        "duplicated": t.verdict.duplicated,
+        "worker_kills": t.worker_kills,
+        "spans": msgspec.to_builtins(t.spans),
+        "eval": msgspec.to_builtins(e.rows),
+        "replayed_from": seq(e.replayed_from),
+        "elapsed_s": round(outcome.elapsed_s, 3),
+        "data_dir": str(plan.data_dir),
+        "ok": outcome.ok,
+    }
+
+
+def _print(session: Session, plan: Plan, outcome: Outcome) -> None:
+    import msgspec
+
+    from mist.cli.eval import COLUMNS
+    from mist.cli.trace import STATS_COLUMNS, stats_rows
+
+    out = session.out
+    d = document(plan, outcome)
+    t, e = outcome.traces, outcome.evals
+    out.text("\n")
+    out.item(
+        {
+            "spans acknowledged": f"{d['acknowledged']:,} (durability {outcome.durability})",
+            "stored": f"{d['stored']:,}",
+            "lost": d["lost"],
+            "duplicated": d["duplicated"],
+            "worker": f"killed once (SIGKILL) at sequence {t.killed_at}, went on after {t.resumed_after}",
+            "throughput": (
+                f"published {t.published_per_s:,.0f}/s (paced), durable appends {t.appended_per_s:,.0f}/s, "
+                f"ingest {t.applied_per_s:,.0f}/s"
+            ),
+            "eval": f"stopped at {e.kept:,} of {e.total:,} results, replayed {e.replayed:,} from sequence {e.replayed_from}",
+            "elapsed": f"{d['elapsed_s']:.1f} s",
+        }
+    )
+    out.text("\n")
+    out.rows(stats_rows(d["spans"]), STATS_COLUMNS)
+    out.text("\n")
+    out.rows([msgspec.to_builtins(r) for r in e.rows], COLUMNS)
+    out.text(f"\ndata: {plan.data_dir}\n")
+    for line in _more(plan):
+        out.text(f"  {line}\n")
+    out.text("\nok\n" if outcome.ok else "\nFAILED: something was lost, done twice or left incomplete\n")
+
+
+def _more(plan: Plan) -> Iterator[str]:
+    from mist.cli._tools import store_path
+    from mist.protocol.url import redact
+
+    mist = f"mist -u {redact(plan.url)}"
+    usual = parse_url(plan.url).scheme == "log" and plan.store == store_path(parse_url(plan.url), "tokentrace")
+    store = "" if usual else f" --store {plan.store}"
+    yield f"{mist} trace stats{store}"
+    yield f"{mist} trace ls -n 5{store}"
+    yield f"{mist} eval show {plan.run}"
+    yield f"{mist} tail trace -n 5"
+    yield f"{mist} stream info eval"
+
+
+__all__ = ["command"]

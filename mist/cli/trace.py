@@ -1,0 +1,455 @@
+"""`mist trace`: spans and traces, from the TokenTrace store; `ingest` and `worker` fill it, `tail` follows the stream."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mist.cli._tools import LimitOption, SinceOption, StoreOption, UntilOption, drained, store_path, time_option
+from mist.cli.session import Session, current
+from mist.cli.wrap import noun
+from mist.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from mist.tools.tokentrace.queries import StoredSpan
+    from mist.tools.tokentrace.spans import SpanRow
+    from mist.tools.tokentrace.store import Store
+
+app = noun("Traces of LLM calls: fill the store from the stream, and ask it.")
+
+StreamOption = Annotated[str, typer.Option("--stream", metavar="STREAM", help="The stream of spans.")]
+ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help="Only this model.")]
+SHOWN_REFUSED = 5
+
+
+def _store(session: Session, given: str) -> Store:
+    from mist.tools.tokentrace.store import Store
+
+    return Store.read(store_path(session.url, "tokentrace", given))
+
+
+@app.command()
+async def ingest(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A .csv with a header, or .jsonl.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="For rows without one; else the file's name.")
+    ] = "",
+    operation: Annotated[str, typer.Option("--operation", metavar="NAME", help="For rows without one.")] = "chat",
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="OURS=THEIRS", help="Which column is which. Repeatable.")
+    ] = None,
+    rate: Annotated[
+        float, typer.Option("--rate", min=0.0, metavar="N", help="At most N rows a second; 0 = no limit.")
+    ] = 0.0,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when the rows can be queried.")] = True,
+    stream: StreamOption = "trace",
+    store: StoreOption = "",
+) -> None:
+    """Publish a file of calls durably, and return when its rows can be queried.
+
+    Columns are found by name: TIMESTAMP, ContextTokens, GeneratedTokens (the Azure traces), or ours. Ids come from the
+    file's digest and the row, so the same file can be ingested again without making new spans. Without --no-wait this
+    command also runs the ingest up to its last row; a `mist trace worker` on the same store may run beside it.
+
+    Examples:
+      mist trace ingest azure_llm_conv_2023.csv --model gpt-4
+      mist trace ingest calls.csv --column tokens_in=PromptTokens --column tokens_out=CompletionTokens
+    """
+    from mist.tools.tokentrace import files, publish
+    from mist.tools.tokentrace.ingest import ingest as run_ingest
+    from mist.tools.tokentrace.store import Store
+
+    session = current()
+    out = session.out
+    rows = files.envelopes_of(Path(file), model=model, operation=operation, columns=_columns(column or []))
+    path = store_path(session.url, "tokentrace", store) if wait else None
+    broker = await session.connect(create=True)
+    opened = await broker.open(stream)
+    with out.progress("publishing") as bar:
+        published = await publish.publish(
+            opened, rows, rate=rate, on_acked=lambda _e, sequences: bar.at(sequences[-1] if sequences else 0)
+        )
+    for bad in published.refused[:SHOWN_REFUSED]:
+        out.warn(f"{file}:{bad.line}: {bad.reason}")
+    if published.refused_count:
+        out.warn(f"{published.refused_count} rows of {file} were refused, {published.acknowledged} published")
+        session.fail_with(9)
+    row: dict[str, Any] = {
+        "file": file,
+        "stream": stream,
+        "acknowledged": published.acknowledged,
+        "refused": published.refused_count,
+        "last": published.last,
+    }
+    if path is not None and published.acknowledged:
+        with Store.open(path) as opened_store:
+            await drained(
+                lambda stop: run_ingest(
+                    broker, opened, opened_store, until=published.last, stop=stop, on_event=out.warn
+                )
+            )
+            row["spans"] = opened_store.count()
+        out.note(f"{published.acknowledged} rows can be queried: try `mist trace stats`")
+    out.item(row)
+
+
+def _columns(pairs: Iterable[str]) -> dict[str, str]:
+    columns = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not equals or not ours or not theirs:
+            raise InvalidArgument(f"--column {pair!r} is not OURS=THEIRS", hint="for example tokens_in=PromptTokens")
+        columns[ours] = theirs
+    return columns
+
+
+@app.command()
+async def worker(
+    until_end: Annotated[bool, typer.Option("--until-end", help="Stop at what is the end of the stream now.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="The stream was made again: begin it anew.")] = False,
+    page: Annotated[
+        int, typer.Option("--page", min=1, max=100_000, metavar="N", help="Records per transaction.")
+    ] = 1000,
+    record: Annotated[
+        str, typer.Option("--record", metavar="NAME", help="Keep an append-only record of every row applied.")
+    ] = "",
+    from_: Annotated[
+        str, typer.Option("--from", metavar="POS", help="Where a store without a position begins.")
+    ] = "start",
+    stream: StreamOption = "trace",
+    store: StoreOption = "",
+) -> None:
+    """Copy the stream into the store, from where the store stands, until stopped.
+
+    Spans and position are stored in one transaction: kill it whenever you like and start it again. SIGTERM finishes the
+    page in hand. Records that are no spans are kept in quarantine (`mist trace errors --quarantined`).
+
+    Examples:
+      mist trace worker
+      mist trace worker --until-end -u log:./data
+    """
+    from mist.cli.position import after_of, parse_position
+    from mist.tools.tokentrace.ingest import Progress, start
+    from mist.tools.tokentrace.ingest import ingest as run_ingest
+    from mist.tools.tokentrace.store import Store
+
+    session = current()
+    out = session.out
+    broker = await session.connect(create=not until_end)
+    opened = await broker.open(stream, create=not until_end)
+    info = await opened.info()
+    position = parse_position(from_, now_ns=time.time_ns())
+    first_after = await after_of(position, opened, broker.checkpoints, info)
+    with Store.open(store_path(session.url, "tokentrace", store)) as opened_store:
+        after = start(opened_store, opened, restart=restart, first_after=first_after)
+        until = info.last if until_end else None
+        out.note(f"ingesting {stream} into {opened_store.path}, after sequence {after}")
+        progress = Progress(after, after)
+        try:
+            await drained(
+                lambda stop: run_ingest(
+                    broker,
+                    opened,
+                    opened_store,
+                    until=until,
+                    stop=stop,
+                    first_after=first_after,
+                    record=record,
+                    page_records=page,
+                    on_event=out.warn,
+                    progress=progress,
+                )
+            )
+        finally:
+            out.item(
+                {
+                    "stream": stream,
+                    "started_after": progress.started_after,
+                    "position": progress.position,
+                    "records": progress.records,
+                    "spans": progress.spans,
+                    "known": progress.known,
+                    "refused": progress.refused,
+                    "gaps": progress.gaps,
+                    "busy_s": round(progress.busy_s, 6),
+                }
+            )
+            out.flush()
+
+
+@app.command()
+def ls(
+    n: LimitOption = 20,
+    model: ModelOption = "",
+    failed: Annotated[bool, typer.Option("--failed", help="Only traces with a failed span.")] = False,
+    since: SinceOption = "",
+    until: UntilOption = "",
+    store: StoreOption = "",
+) -> None:
+    """List the newest traces.
+
+    Example:
+      mist trace ls -n 5 --failed
+    """
+    import msgspec
+
+    from mist.cli.render import moment
+    from mist.tools.tokentrace.queries import newest_traces
+
+    session = current()
+    with _store(session, store) as opened:
+        found = newest_traces(
+            opened,
+            limit=n,
+            model=model,
+            failed=failed,
+            since_ns=time_option(since),
+            until_ns=time_option(until),
+        )
+    rows = [msgspec.to_builtins(t) for t in found]
+    if session.out.format == "table":
+        rows = [{**r, "start": moment(r["start_ns"] or 0), "models": ", ".join(r["models"])} for r in rows]
+    columns = ["trace_id", "start", "spans", "failed", "latency_ms", "tokens_in", "tokens_out", "cost_usd", "models"]
+    session.out.rows(rows, columns, empty="no traces match")
+
+
+@app.command()
+def show(
+    trace_id: Annotated[str, typer.Argument(metavar="ID", help="A trace id, or a beginning of it that is unique.")],
+    tree: Annotated[bool, typer.Option("--tree", help="Draw parents and children.")] = False,
+    store: StoreOption = "",
+) -> None:
+    """Show the spans of one trace, in the order they started.
+
+    Example:
+      mist trace show 4bf92f35 --tree
+    """
+    from mist.cli.render import escape
+    from mist.tools.tokentrace.queries import trace
+    from mist.tools.tokentrace.tree import tree as draw
+
+    session = current()
+    out = session.out
+    with _store(session, store) as opened:
+        spans = trace(opened, trace_id)
+    if tree and out.format == "table":
+        out.text(f"trace {escape(spans[0].trace_id)}\n")
+        for branch, span in draw(spans):
+            out.text(f"{branch}{escape(_line(span))}\n")
+    elif out.format == "json":
+        out.item({"trace_id": spans[0].trace_id, "spans": [_span(s) for s in spans]})
+    else:
+        out.rows([_span(s) for s in spans], _COLUMNS)
+
+
+_COLUMNS = [
+    "span_id", "parent_id", "start", "operation", "model", "status", "latency_ms", "tokens_in", "tokens_out", "cost_usd",
+]  # fmt: skip
+
+
+def _span(span: StoredSpan) -> dict[str, Any]:
+    import msgspec
+
+    from mist.cli.render import moment
+
+    row: dict[str, Any] = {name: getattr(span, name) for name in span.__struct_fields__}
+    row["attrs"] = msgspec.json.decode(span.attrs)
+    if current().out.format == "table":
+        row["start"] = moment(span.start_ns or 0)
+    return row
+
+
+def _line(span: StoredSpan | SpanRow) -> str:
+    parts = [span.operation or "span", span.model or "", span.status]
+    if span.latency_ms is not None:
+        parts.append(f"{span.latency_ms:,.0f} ms")
+    if span.tokens_in is not None or span.tokens_out is not None:
+        known = [("?" if t is None else f"{t:,}") for t in (span.tokens_in, span.tokens_out)]
+        parts.append(f"{known[0]} → {known[1]} tokens")
+    if span.cost_usd is not None:
+        parts.append(f"${span.cost_usd:.6f}")
+    return "  ".join(p for p in parts if p)
+
+
+@app.command()
+async def tail(
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for more.")] = False,
+    n: LimitOption = 10,
+    model: ModelOption = "",
+    stream: StreamOption = "trace",
+) -> None:
+    """Show the last spans of the stream, or follow it. Needs no store.
+
+    Example:
+      mist trace tail -f --model gpt-4
+    """
+    from mist.tools.tokentrace.spans import BadSpan, row_of
+
+    session = current()
+    out = session.out
+    opened = await session.stream(stream)
+    info = await opened.info()
+    after = max(info.first - 1, info.last - n, 0)
+    with out.lines() as lines:
+        while True:
+            page = await opened.read(after=after, wait_s=1.0 if follow else 0.0)
+            for record in page.records:
+                try:
+                    row = row_of(record)
+                except BadSpan as exc:
+                    out.warn(f"sequence {record.sequence}: {exc}")
+                    continue
+                if row is None or (model and row.model != model):
+                    continue
+                if out.format == "table":
+                    from mist.cli.render import escape, moment
+
+                    lines.line(f"{row.sequence:>8}  {moment(row.start_ns or 0)}  {escape(_line(row))}")
+                else:
+                    lines.row(_tail_row(row))
+            after = page.scanned
+            if after >= page.last:
+                if not follow:
+                    return
+                out.flush()
+            session.resume = f"go on with: mist trace tail -f (stopped after sequence {after})"
+
+
+def _tail_row(row: SpanRow) -> dict[str, Any]:
+    import msgspec
+
+    fields = row._asdict()
+    fields["attrs"] = msgspec.json.decode(fields["attrs"])
+    return fields
+
+
+@app.command()
+def stats(model: ModelOption = "", since: SinceOption = "", until: UntilOption = "", store: StoreOption = "") -> None:
+    """Latency, tokens and cost by model: exact percentiles (nearest rank).
+
+    JSON: {"total", "spans": [{"model", "count", "latency_ms": {"p50", "p90", "p99"}, "tokens_in": {…}, "tokens_out": {…},
+    "cost_usd"}]}. What is unknown is null, never zero.
+
+    Example:
+      mist trace stats --since 1h --format json
+    """
+    import msgspec
+
+    from mist.tools.tokentrace.stats import stats as compute
+
+    session = current()
+    out = session.out
+    with _store(session, store) as opened:
+        found = compute(opened, model=model, since_ns=time_option(since), until_ns=time_option(until))
+    if out.json:
+        out.item(msgspec.to_builtins(found))
+        return
+    out.rows(stats_rows(msgspec.to_builtins(found)["spans"]), STATS_COLUMNS, empty="no spans match")
+
+
+STATS_COLUMNS = [
+    "model", "count", "latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "tokens_in_p50", "tokens_in_p99",
+    "tokens_out_p50", "tokens_out_p99", "cost_usd",
+]  # fmt: skip
+
+
+def stats_rows(spans: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `trace stats` without nesting, for tables and CSV."""
+    rows = []
+    for s in spans:
+        row: dict[str, Any] = {"model": s["model"], "count": s["count"]}
+        for p in ("p50", "p90", "p99"):
+            row[f"latency_{p}_ms"] = s["latency_ms"][p]
+        for name in ("tokens_in", "tokens_out"):
+            for p in ("p50", "p90", "p99"):
+                row[f"{name}_{p}"] = s[name][p]
+        row["cost_usd"] = s["cost_usd"]
+        rows.append(row)
+    return rows
+
+
+@app.command()
+def errors(
+    n: LimitOption = 20,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Records that are no spans, and why.")] = False,
+    model: ModelOption = "",
+    since: SinceOption = "",
+    until: UntilOption = "",
+    store: StoreOption = "",
+) -> None:
+    """List failed spans (a status other than ok), or the records that were refused; newest first.
+
+    Example:
+      mist trace errors --quarantined
+    """
+    import msgspec
+
+    from mist.tools.tokentrace.queries import failed_spans
+    from mist.tools.tokentrace.queries import quarantined as refused
+
+    session = current()
+    out = session.out
+    with _store(session, store) as opened:
+        if quarantined:
+            rows = [msgspec.to_builtins(r) for r in refused(opened, limit=n)]
+            out.rows(rows, ["stream", "sequence", "subject", "reason"], empty="nothing was refused")
+            return
+        spans = failed_spans(
+            opened,
+            limit=n,
+            model=model,
+            since_ns=time_option(since),
+            until_ns=time_option(until),
+        )
+    rows = [_span(s) for s in spans]
+    for row in rows:
+        row["error"] = row["attrs"].get("error") if isinstance(row["attrs"], dict) else None
+    out.rows(rows, ["trace_id", "span_id", "start", "operation", "model", "status", "error"], empty="no failed spans")
+
+
+@app.command()
+def export(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Where to; - is standard output.")] = "-",
+    model: ModelOption = "",
+    since: SinceOption = "",
+    until: UntilOption = "",
+    store: StoreOption = "",
+) -> None:
+    """Write the spans of the store as JSON lines, in their wire shape: `mist trace ingest` reads them.
+
+    Example:
+      mist trace export spans.jsonl --since 1d
+    """
+    import msgspec
+
+    from mist.tools.tokentrace.queries import every_span, payload_of
+
+    session = current()
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(_store(session, store))
+        spans = every_span(opened, model=model, since_ns=time_option(since), until_ns=time_option(until))
+        if file == "-":
+            write = session.out.write
+        else:
+            write = stack.enter_context(_create(Path(file))).write
+        count = 0
+        for span in spans:
+            write(msgspec.json.encode(payload_of(span)) + b"\n")
+            count += 1
+    session.out.note(f"{count} spans written")
+
+
+def _create(path: Path) -> Any:
+    from mist.errors import AlreadyExists, Refused
+
+    try:
+        return path.open("xb")
+    except FileExistsError as exc:
+        raise AlreadyExists(f"{path} exists", hint="name another file") from exc
+    except OSError as exc:
+        raise Refused(f"{path}: {exc.strerror or exc}") from exc
