@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from mist.broker.registry import connect
 from mist.cli._demo_judge import acknowledged_line
-from mist.cli._demo_traffic import traffic
+from mist.cli._demo_traffic import span_of, traffic
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TraceSpan
 from mist.tools.tokentrace.files import envelopes_of
@@ -55,7 +55,7 @@ async def produce(order: Order) -> Report:
     rows = (
         envelopes_of(Path(order.file))
         if order.file
-        else traffic(order.count, seed=order.seed, run=order.run, base_ns=time.time_ns())
+        else traffic(order.count, seed=order.seed, run=order.run, base_ns=time.time_ns() - span_of(order.count))
     )
     record = os.open(order.acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     held = order.hold_at <= 0

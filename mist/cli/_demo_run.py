@@ -8,6 +8,7 @@ Nothing here prints; `say` tells what happens.
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from mist.broker.registry import connect
 from mist.cli._demo_children import Child, Nursery, nursery, until
 from mist.cli._demo_judge import Verdict, judge
 from mist.cli._demo_producer import Order, Report
-from mist.errors import MistError, NotFound, TimedOut, Unsupported
+from mist.errors import MistError, TimedOut, Unsupported
 from mist.tools.matchspec.results import Row, read_run, result_subject, rows
 from mist.tools.matchspec.run import cursor_name
 from mist.tools.tokentrace.stats import ModelStats, stats
@@ -31,6 +32,7 @@ PRODUCE_S = 5.0
 EVAL_S = 6.0
 RATE_MIN = 2000.0
 HOLD_AT = 0.75
+KILL_JITTER_S = 0.1
 DRAINED = 143
 TRACES, EVALS = "trace", "eval"
 Say = Callable[[str], None]
@@ -151,6 +153,8 @@ async def _traces(plan: Plan, stream: Stream, children: Nursery, say: Say) -> Tr
     producer = await children.start("producer", "-m", "mist.cli._demo_producer", text)
     say(f"publishing {plan.spans:,} spans at {rate:,.0f}/s, a worker ingests them")
     await until(lambda: _applied(plan.store) >= plan.spans // 2 or None, first)
+    # not always between two transactions: the page that is in work when the kill comes is what it is about
+    await asyncio.sleep(random.uniform(0, KILL_JITTER_S))
     publishing = producer.running
     first.kill()
     await first.ended(-9)
@@ -192,8 +196,8 @@ def _look(path: Path, sql: str) -> int:
     try:
         with Store.read(path) as store:
             row = store.one(sql)
-    except (NotFound, MistError):
-        return 0  # not made yet, or just being made by the worker
+    except MistError:
+        return 0  # not made yet, or just being made; a worker that cannot make it ends, and that is noticed
     return int(row[0]) if row and row[0] is not None else 0
 
 

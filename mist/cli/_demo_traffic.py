@@ -53,6 +53,7 @@ SERVICES = ("chat-api", "search", "agents")
 ERRORS = ("rate_limit", "upstream_unavailable", "content_filter")
 TIMEOUT_MS = 60_000
 SPANS_MAX = 6
+TRACE_EVERY_MS = 40
 
 
 def draw(table: Sequence[int], u: float) -> int:
@@ -62,6 +63,11 @@ def draw(table: Sequence[int], u: float) -> int:
     return round(table[low] + (table[low + 1] - table[low]) * (at - low))
 
 
+def span_of(count: int) -> int:
+    """Nanoseconds that so much traffic takes, and a little more: begin so long ago and all of it is in the past."""
+    return int(count * TRACE_EVERY_MS * 1e6 * 0.6) + 600 * 1_000_000_000
+
+
 def traffic(count: int, *, seed: int, run: str, base_ns: int) -> Iterator[Envelope]:
     """`count` spans in traces of 1 to 6, each trace from one service, starting at `base_ns`."""
     rng = random.Random(seed)
@@ -69,7 +75,7 @@ def traffic(count: int, *, seed: int, run: str, base_ns: int) -> Iterator[Envelo
     weights = [m.share for m in MODELS]
     now, made = base_ns, 0
     while made < count:
-        now += int(rng.expovariate(1 / 40) * 1e6)  # a new trace every 40 ms on average
+        now += int(rng.expovariate(1 / TRACE_EVERY_MS) * 1e6)
         trace_id = f"{ids.getrandbits(128):032x}"
         service = rng.choice(SERVICES)
         parent, at = "", now

@@ -119,10 +119,7 @@ def _names(path: Path, header: list[str], columns: dict[str, str]) -> list[str]:
         if theirs not in header:
             raise InvalidArgument(f"{path} has no column {theirs!r}", hint=f"its columns: {', '.join(header)[:300]}")
     back = {theirs: ours for ours, theirs in columns.items()}
-    names = []
-    for column in header:
-        plain = column.strip().lower()
-        names.append(back.get(column) or ALIASES.get(plain) or (plain if plain in KNOWN else column.strip()))
+    names = [back.get(column) or _known(column.strip()) for column in header]
     if not set(names) & set(KNOWN):
         raise InvalidArgument(
             f"{path}: no column we know in its header: {', '.join(header)[:200]}",
@@ -131,6 +128,12 @@ def _names(path: Path, header: list[str], columns: dict[str, str]) -> list[str]:
     if len(set(names)) != len(names):
         raise InvalidArgument(f"{path}: two columns mean the same: {', '.join(header)[:200]}", hint="use --column")
     return names
+
+
+def _known(name: str) -> str:
+    """Our name for a column or key, or the one it has."""
+    plain = name.lower()
+    return ALIASES.get(plain) or (plain if plain in KNOWN else name)
 
 
 def _json_rows(
@@ -151,7 +154,7 @@ def _json_rows(
                         raise ValueError(f"an envelope of type {env.type}, not {TRACE_SPAN}")
                     yield env
                     continue
-                fields = {back.get(k, k): v for k, v in value.items() if v is not None}
+                fields = {back.get(k) or _known(k): v for k, v in value.items() if v is not None}
                 attrs = fields.pop("attrs", {})
                 if not isinstance(attrs, dict):
                     raise ValueError("attrs is not an object")

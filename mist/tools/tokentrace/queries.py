@@ -71,7 +71,7 @@ _COLUMNS = ", ".join(_FIELDS)
 
 
 def _spans(store: Store, rest: str, parameters: list[object]) -> Iterator[StoredSpan]:
-    for row in store.query(f"SELECT {_COLUMNS} FROM spans {rest}", parameters):  # noqa: S608 - columns of ours
+    for row in store.query(f"SELECT {_COLUMNS} FROM spans {rest}", parameters):
         fields = dict(zip(_FIELDS, row, strict=True))
         fields["attrs"] = Raw(fields["attrs"].encode())
         yield StoredSpan(**fields)
@@ -129,7 +129,7 @@ def newest_traces(
     """The traces of the newest matching spans, newest first, each summed over all its spans."""
     where, parameters = window(since_ns, until_ns, model, *([_FAILED] if failed else []))
     order: dict[str, None] = {}
-    sql = f"SELECT trace_id FROM spans{where} ORDER BY start_ns DESC, sequence DESC"  # noqa: S608
+    sql = f"SELECT trace_id FROM spans{where} ORDER BY start_ns DESC, sequence DESC"
     with closing(store.query(sql, parameters)) as found:
         for (trace_id,) in found:
             order.setdefault(trace_id)
@@ -140,7 +140,7 @@ def newest_traces(
 
 def _summary(store: Store, trace_id: str) -> TraceSummary:
     row = store.one(
-        f"SELECT count(*), sum({_FAILED}), min(start_ns), max(end_ns), sum(tokens_in), sum(tokens_out), sum(cost_usd),"  # noqa: S608
+        f"SELECT count(*), sum({_FAILED}), min(start_ns), max(end_ns), sum(tokens_in), sum(tokens_out), sum(cost_usd),"
         " max(latency_ms), json_group_array(DISTINCT model) FROM spans WHERE trace_id = ?",
         (trace_id,),
     )

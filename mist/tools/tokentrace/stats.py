@@ -56,7 +56,7 @@ def stats(store: Store, *, since_ns: int | None = None, until_ns: int | None = N
     """All spans, or those that started in [since_ns, until_ns) and name this model. Most frequent model first."""
     where, parameters = window(since_ns, until_ns, model)
     columns: dict[str | None, tuple[list[float | None], ...]] = {}
-    sql = f"SELECT model, latency_ms, tokens_in, tokens_out, cost_usd FROM spans{where}"  # noqa: S608
+    sql = f"SELECT model, latency_ms, tokens_in, tokens_out, cost_usd FROM spans{where}"
     for name, *values in store.query(sql, parameters):
         lists = columns.get(name)
         if lists is None:

@@ -1,0 +1,38 @@
+"""The command line inside the test process."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from mist.cli.main import main
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return msgspec.json.decode(self.out)
+
+
+class Shell:
+    """`shell("trace", "stats")` runs `mist trace stats -u URL`; exit code, stdout and stderr come back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+        self._monkeypatch = monkeypatch
+        self.url = url
+
+    def __call__(self, *args: str, url: str = "") -> Ran:
+        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        with self._monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", out)
+            patch.setattr("sys.stderr", err)
+            code = main([*args, "-u", url or self.url])
+        out.flush()
+        return Ran(code, out.buffer.getvalue().decode(), err.getvalue())  # type: ignore[attr-defined]

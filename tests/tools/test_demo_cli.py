@@ -1,0 +1,118 @@
+"""`mist demo` with real processes: the main job, the documented keys, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .shell import Shell
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("MIST_TEST_DATA") or ROOT.parent / "shared" / "data")
+KEYS = [
+    "broker", "acknowledged", "stored", "lost", "duplicated", "worker_kills", "spans", "eval", "replayed_from",
+    "elapsed_s", "data_dir", "ok",
+]  # fmt: skip
+
+
+def demo(tmp_path: Path, *args: str) -> tuple[int, str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MIST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "mist", "demo", *args],
+        cwd=tmp_path,
+        env={**env, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def whole(found: dict[str, Any]) -> None:
+    """What every demo that ended well says."""
+    assert list(found) == KEYS
+    assert found["ok"] is True
+    assert (found["lost"], found["duplicated"], found["worker_kills"]) == (0, 0, 1)
+    assert found["stored"] == found["acknowledged"] == sum(s["count"] for s in found["spans"])
+    assert [set(s) for s in found["spans"]] == [
+        {"model", "count", "latency_ms", "tokens_in", "tokens_out", "cost_usd"}
+    ] * len(found["spans"])
+    assert all(set(s["latency_ms"]) == {"p50", "p90", "p99"} for s in found["spans"])
+
+
+@pytest.mark.slow
+def test_the_demo_ends_well_and_leaves_data_that_other_commands_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One JSON object on stdout; afterwards the log holds what it says, under the usual names."""
+    code, out, err = demo(tmp_path, "--spans", "3000", "--dir", str(tmp_path / "d"), "--format", "json")
+    assert code == 0, err
+    found = json.loads(out)
+    whole(found)
+    assert (found["acknowledged"], found["data_dir"]) == (3000, str(tmp_path / "d"))
+    assert "killed the worker (SIGKILL) at sequence" in err
+    shell = Shell(monkeypatch, found["broker"])
+    assert shell("trace", "stats", "-j").json == {"total": 3000, "spans": found["spans"]}
+    (run,) = shell("eval", "ls", "-j").json
+    assert shell("eval", "show", run["run"], "-j").json == found["eval"]
+    assert run["first"] < found["replayed_from"] < run["last"]
+    assert shell("demo", "--dir", str(tmp_path / "d")).code == 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "gsm8k_model_solutions.jsonl").exists(), reason="the shared data are not here")
+def test_the_demo_on_real_files_reproduces_the_published_counts(tmp_path: Path) -> None:
+    """All 19,366 real calls through the killed worker, and the four published counts; in a directory of its own."""
+    code, out, err = demo(tmp_path, "--data", str(DATA), "-j")
+    assert code == 0, err
+    found = json.loads(out)
+    whole(found)
+    assert found["acknowledged"] == 19_366
+    assert [(s["model"], s["count"], s["cost_usd"]) for s in found["spans"]] == [("azure_llm_conv_2023", 19_366, None)]
+    assert [(r["model"], r["passed"], r["total"]) for r in found["eval"]] == [
+        ("6b_finetuning", 286, 1319),
+        ("6b_verification", 515, 1319),
+        ("175b_finetuning", 458, 1319),
+        ("175b_verification", 742, 1319),
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == [Path(found["data_dir"]).name]
+
+
+@pytest.mark.slow
+def test_the_table_says_what_was_found_and_what_to_look_at(tmp_path: Path) -> None:
+    """For people: counters, both tables, the place, and commands; on a log given by URL, which then holds the data."""
+    url = f"log:{tmp_path / 'mine'}"
+    code, out, err = demo(tmp_path, "--spans", "2000", "-u", url)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert "lost                0" in lines
+    assert "duplicated          0" in lines
+    assert sum(line.startswith(("cirrus-", "local-8b")) for line in lines) == 3
+    assert f"  mist -u {url} trace stats" in lines
+    assert lines[-1] == "ok"
+    assert (tmp_path / "mine" / "tools" / "tokentrace.db").is_file()
+
+
+def test_a_broker_that_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """memory: lives in one process; said before anything is started."""
+    monkeypatch.chdir(tmp_path)
+    done = Shell(monkeypatch, "memory:")("demo")
+    assert done.code == 2
+    assert "processes" in done.err
+
+
+def test_data_that_are_not_there_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No directory, or one that holds none of the files."""
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(monkeypatch, f"log:{tmp_path / 'l'}")
+    assert shell("demo", "--data", str(tmp_path / "none")).code == 3
+    assert shell("demo", "--data", str(tmp_path)).code == 3
+    assert list(tmp_path.iterdir()) == []
