@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, IO
+from typing import IO, Annotated
 
 import typer
 

@@ -124,16 +124,6 @@ def check_filter(pattern: str) -> str:
     return pattern
 
 
-def _has_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def subject_for(type: str, *qualifiers: str) -> str:
     """The subject of an envelope: its type, then encoded qualifiers: `eval.result` + run -> `eval.result.<run>`."""
     tokens = [encode_token(t) for t in type.split(".")]

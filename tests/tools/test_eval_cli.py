@@ -100,7 +100,9 @@ def test_two_runs_are_compared(shell: Shell, suite: str) -> None:
     """A run beside itself gains and loses nothing."""
     for run in ("a", "b"):
         assert shell("eval", "run", suite, "--run", run).code == 0
-    assert [(d["gained"], d["lost"], d["p_value"]) for d in shell("eval", "diff", "a", "b", "-j").json] == [([], [], 1.0)] * 2
+    assert [(d["gained"], d["lost"], d["p_value"]) for d in shell("eval", "diff", "a", "b", "-j").json] == [
+        ([], [], 1.0)
+    ] * 2
 
 
 def test_missing_answers_end_with_partial_success(shell: Shell, suite: str) -> None:

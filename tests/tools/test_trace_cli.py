@@ -98,7 +98,9 @@ def test_read_verbs_create_nothing(shell: Shell, tmp_path: Path) -> None:
 
 def test_a_trace_is_shown_as_a_table_a_tree_and_json(shell: Shell) -> None:
     """One trace of two spans, the child below its parent."""
-    publish(shell, message(1), message(2, parent_id=f"{1:016x}", operation="tool", status="error", attrs={"error": "boom"}))
+    publish(
+        shell, message(1), message(2, parent_id=f"{1:016x}", operation="tool", status="error", attrs={"error": "boom"})
+    )
     assert shell("trace", "worker", "--until-end").code == 0
     trace_id = shell("trace", "ls", "-j").json[0]["trace_id"]
     tree = shell("trace", "show", trace_id[:6], "--tree").out.splitlines()
@@ -174,7 +176,12 @@ def test_a_stream_made_again_needs_a_word(shell: Shell) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["ingest", "none.csv"], ["ingest", "calls.csv", "--column", "nonsense"], ["stats", "--since", "yesterday"], ["show"]],
+    [
+        ["ingest", "none.csv"],
+        ["ingest", "calls.csv", "--column", "nonsense"],
+        ["stats", "--since", "yesterday"],
+        ["show"],
+    ],
 )
 def test_wrong_use_is_an_error_in_one_line(shell: Shell, calls: str, words: list[str]) -> None:
     """2 or 3, nothing on stdout."""
