@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Self
 
 from msgspec import Struct
 
-from mist.broker.base import ALL, BYTES_MAX, Checkpoint, Checkpoints, Page, Record, Stream
+from mist.broker.base import ALL, BYTES_MAX, Checkpoint, Checkpoints, Page, Record, Stream, check_position
 from mist.broker.clock import SYSTEM, Clock
 from mist.errors import Closed, DataLoss, Internal, InvalidArgument, MistError, SequenceExpired, WrongIncarnation
 from mist.protocol.subject import check_name, matcher
@@ -72,8 +72,9 @@ class Cursor:
         autosave_records: int = 1000,
         clock: Clock = SYSTEM,
     ) -> None:
-        if limit < 1 or bytes_max < 1 or autosave_records < 1 or autosave_s <= 0 or (after or 0) < 0:
-            raise InvalidArgument(f"cursor: after={after}, limit={limit}, bytes_max={bytes_max} cannot be right")
+        check_position(after or 0)
+        if limit < 1 or bytes_max < 1 or autosave_records < 1 or autosave_s <= 0:
+            raise InvalidArgument(f"cursor: limit={limit}, bytes_max={bytes_max} cannot be right")
         if on_gap not in ("raise", "skip"):
             raise InvalidArgument(f'cursor: on_gap is "raise" or "skip", not {on_gap!r}')
         if bool(name) != (checkpoints is not None):
@@ -149,8 +150,7 @@ class Cursor:
 
     def seek(self, after: int) -> None:
         """Go on after `after`, also from within an iteration. Live only: a checkpoint never goes back unless forced."""
-        if after < 0:
-            raise InvalidArgument(f"cursor: cannot seek to {after}")
+        check_position(after)
         self._at = self._done = after
         self._page = None
         self._from_first = False

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from mist.broker.backoff import Backoff
-from mist.broker.base import DEFAULTS, Message, Stream, check_messages
+from mist.broker.base import DEFAULTS, Message, Stream, check_messages, plain
 from mist.broker.clock import SYSTEM, Clock
 from mist.errors import (
     Ambiguous,
@@ -229,11 +229,12 @@ class Publisher:
         """Refuse what the stream would refuse before it shares a batch with others."""
         if self._closing:
             raise Closed(f"publisher of stream {self._stream.name}: closed")
-        if message.headers or len(message.id) > 64 or len(message.data) > self._stream.size_bytes_max:
-            check_messages((message,), self._stream.size_bytes_max)
+        id, size_max = message.id, self._stream.size_bytes_max
+        if message.headers or len(id) > 64 or not plain(id) or len(message.data) > size_max:
+            check_messages((message,), size_max)
         else:
             check_subject(message.subject)
-        if not message.id:
+        if not id:
             return Message(message.subject, message.data, new_id(), message.headers)
         return message
 
@@ -380,7 +381,7 @@ class Publisher:
             return exc.retryable, seen_last  # the backend is away; asked again after the next try
         config = info.config.or_defaults(DEFAULTS)
         window_s, ids_max = config.dedupe_window_s or 0.0, config.dedupe_ids_max or 0
-        if not info.capabilities.dedupe or not ids_max or since_s > window_s / 2:
+        if not info.capabilities.dedupe or not ids_max or not window_s or since_s > window_s / 2:
             return False, seen_last
         first_seen = info.last if seen_last is None else seen_last
         return info.last - first_seen <= ids_max // 2, first_seen

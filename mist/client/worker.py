@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from msgspec import Struct
 
 from mist.broker.backoff import Backoff
-from mist.broker.base import BYTES_MAX, Consumer, Delivery
+from mist.broker.base import BYTES_MAX, Consumer, Delivery, check_delay
 from mist.broker.clock import SYSTEM, Clock
 from mist.broker.cursor import GAPS_MAX, Gap, OnGap
 from mist.client.policy import NAK_BACKOFF, AckPolicy, nak_delay_s
@@ -98,8 +98,11 @@ class Delivered:
         self._worker._settle(self, "ack", "")
 
     def nak(self, *, delay_s: float | None = None) -> None:
-        """Again, after `delay_s` (None = the worker's backoff for this attempt)."""
-        self._worker._settle(self, "nak", self._worker._delay_s(self.attempt) if delay_s is None else delay_s)
+        """Again, after `delay_s` (None = the worker's backoff for this attempt). Raises InvalidArgument."""
+        if delay_s is None:
+            delay_s = self._worker._delay_s(self.attempt)
+        check_delay(delay_s)
+        self._worker._settle(self, "nak", delay_s)
 
     def term(self, reason: str) -> None:
         """Never again: a dead letter with this reason."""

@@ -143,12 +143,13 @@ def test_a_lost_reply_is_repeated_with_the_same_ids() -> None:
     run(case())
 
 
-def test_without_deduplication_an_unknown_fate_is_told_not_repeated() -> None:
+@pytest.mark.parametrize("config", [StreamConfig(dedupe_ids_max=0), StreamConfig(dedupe_window_s=0)])
+def test_without_deduplication_an_unknown_fate_is_told_not_repeated(config: StreamConfig) -> None:
     """A stream that keeps no ids could store a repeat twice, so the caller gets Ambiguous with its own id."""
 
     async def case() -> None:
         script = Script({"append": [Fault(after=Ambiguous("lost"))]})
-        broker, stream, whole = await faulty(script, StreamConfig(dedupe_ids_max=0))
+        broker, stream, whole = await faulty(script, config)
         async with broker, Publisher(stream, backoff=FAST) as publisher:
             outcome = await settle(publisher.publish(message(0)), publisher.publish(message(1)))
             assert [type(o) for o in outcome] == [Ambiguous, Ambiguous]
@@ -265,9 +266,10 @@ def test_a_bad_message_fails_alone() -> None:
                 publisher.publish(big),
                 publisher.publish(Message("not a subject", b"")),
                 publisher.publish(Message("a", b"", headers=(("a", "b\n"),))),
+                publisher.publish(Message("a", b"", "id\r")),
                 publisher.publish(message(1)),
             )
-            assert [type(o) for o in outcome] == [int, TooLarge, InvalidArgument, InvalidArgument, int]
+            assert [type(o) for o in outcome] == [int, TooLarge, *[InvalidArgument] * 3, int]
 
             append = stream.append
 

@@ -229,6 +229,8 @@ def test_manual_settling_also_after_the_handler_returned() -> None:
                 elif item.sequence == 1:
                     kept.append(item)
                 elif item.sequence == 2:
+                    with pytest.raises(InvalidArgument):
+                        item.nak(delay_s=-1)
                     item.nak(delay_s=0)
                     item.ack()  # too late: the first call counts
                 elif item.sequence == 3:
