@@ -18,7 +18,6 @@ def test_a_cancellation_in_the_turn_of_the_notification_is_kept() -> None:
         task = asyncio.create_task(notifier.wait(notifier.generation, 20.0))
         await asyncio.sleep(0)
         notifier.notify()
-        await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
