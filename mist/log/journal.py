@@ -17,6 +17,7 @@ import os
 import secrets
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -56,6 +57,19 @@ NEW = ".new-"
 _RESERVE_MIN = 1024 * 1024
 
 
+_open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a forked child: let go of the parent's locks. A child that kept the descriptor would keep a lock alive that the
+    parent's death should free."""
+    for journal in list(_open_journals):
+        journal.abandon()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def storage_error(exc: OSError, what: str) -> MistError:
     """An OS error as ours, for an operation that certainly left nothing behind."""
     if exc.errno in _FULL:
@@ -76,6 +90,7 @@ class Journal:
         self.warnings: list[str] = []
         self.segments = Segments(files, path, write=True)
         self._lock_fd = files.open(os.path.join(path, "lock"), create=True)
+        _open_journals.add(self)
         self._tail_fd = -1
         self._index: tuple[int, int] | None = None
         self._region = -1
@@ -143,6 +158,12 @@ class Journal:
             if fd >= 0:
                 self.files.close(fd)
         self._tail_fd = self._lock_fd = -1
+
+    def abandon(self) -> None:
+        """Close the lock's descriptor without unlocking. For a forked child, which must not use this journal."""
+        if self._lock_fd >= 0:
+            self.files.close(self._lock_fd)
+            self._lock_fd = -1
 
     # -- the published page -------------------------------------------------------------------------------------------
 
