@@ -45,7 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("mist.cli.export:command", "Write a stream to a file with a manifest"),
     "import": ("mist.cli.import_:command", "Read a file into a stream, ids kept"),
     "replay": ("mist.cli.replay:command", "Send a stream's records again, at their pace or faster"),
-    "bench": ("mist.cli.bench:command", "Measure rates and latencies"),
+    "bench": ("mist.cli.bench:app", "Measure rates and latencies"),
     "trace": ("mist.cli.trace:app", "Traces: ls, show, tail, stats, errors, ingest, export"),
     "eval": ("mist.cli.eval:app", "Eval runs: run, ls, show, diff, replay, gate"),
 }
