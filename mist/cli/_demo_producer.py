@@ -23,7 +23,7 @@ from mist.cli._demo_traffic import span_of, traffic
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TraceSpan
 from mist.tools.tokentrace.files import envelopes_of
-from mist.tools.tokentrace.publish import publish
+from mist.tools.tokentrace.publish import BATCH, publish
 
 
 class Order(Struct, frozen=True, kw_only=True):
@@ -37,6 +37,7 @@ class Order(Struct, frozen=True, kw_only=True):
     run: str
     file: str = ""
     rate: float = 0.0
+    batch: int = BATCH
     hold_at: int = 0
 
 
@@ -78,7 +79,7 @@ async def produce(order: Order) -> Report:
     try:
         async with connect(order.url) as broker:
             stream = await broker.open(order.stream)
-            done = await publish(stream, rows, rate=order.rate, on_acked=write_down, gate=hold)
+            done = await publish(stream, rows, rate=order.rate, batch=order.batch, on_acked=write_down, gate=hold)
     finally:
         os.close(record)
     return Report(

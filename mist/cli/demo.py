@@ -190,12 +190,12 @@ def _print(session: Session, plan: Plan, outcome: Outcome) -> None:
     out.text("\n")
     out.rows([msgspec.to_builtins(r) for r in e.rows], COLUMNS)
     out.text(f"\ndata: {plan.data_dir}\n")
-    for line in _more(plan):
+    for line in _more(plan, e.run):
         out.text(f"  {line}\n")
     out.text("\nok\n" if outcome.ok else "\nFAILED: something was lost, done twice or left incomplete\n")
 
 
-def _more(plan: Plan) -> Iterator[str]:
+def _more(plan: Plan, run: str) -> Iterator[str]:
     from mist.cli._tools import store_path
     from mist.protocol.url import redact
 
@@ -204,7 +204,7 @@ def _more(plan: Plan) -> Iterator[str]:
     store = "" if usual else f" --store {plan.store}"
     yield f"{mist} trace stats{store}"
     yield f"{mist} trace ls -n 5{store}"
-    yield f"{mist} eval show {plan.run}"
+    yield f"{mist} eval show {run}"
     yield f"{mist} tail trace -n 5"
     yield f"{mist} stream info eval"
 

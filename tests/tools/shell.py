@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-
 from mist.cli.main import main
 
 
@@ -29,10 +28,14 @@ class Shell:
         self.url = url
 
     def __call__(self, *args: str, url: str = "") -> Ran:
+        return self.run(*args, "-u", url or self.url)
+
+    def run(self, *args: str) -> Ran:
+        """The command as it stands."""
         out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
         with self._monkeypatch.context() as patch:
             patch.setattr("sys.stdout", out)
             patch.setattr("sys.stderr", err)
-            code = main([*args, "-u", url or self.url])
+            code = main(list(args))
         out.flush()
         return Ran(code, out.buffer.getvalue().decode(), err.getvalue())  # type: ignore[attr-defined]
