@@ -102,3 +102,47 @@ def test_data_that_are_not_there_are_an_error(tmp_path: Path, monkeypatch: pytes
     assert shell("demo", "--data", str(tmp_path / "none")).code == 3
     assert shell("demo", "--data", str(tmp_path)).code == 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_table_and_the_exit_code_say_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """For people: counters, both tables, the place and commands; one lost span is a failure that is said."""
+    from mist.cli import _demo_run
+    from mist.cli._demo_judge import Verdict
+    from mist.tools.matchspec.results import Row
+    from mist.tools.tokentrace.stats import ModelStats, Quantiles
+
+    async def told(plan: _demo_run.Plan, say: object) -> _demo_run.Outcome:
+        assert plan.suite_file.is_file()
+        some = Quantiles(1, 2, 3)
+        row = Row(suite="s", model="m", passed=1, total=2, rate=0.5, ci_low=0.1, ci_high=0.9)
+        return _demo_run.Outcome(
+            traces=_demo_run.TraceFacts(
+                verdict=Verdict(acknowledged=9, stored=9 - lost, lost=lost, duplicated=0, refused=0, unrecorded=0),
+                spans=[ModelStats("gpt", 9 - lost, some, some, some, None)],
+                worker_kills=1,
+                killed_at=4,
+                resumed_after=4,
+                published_per_s=1.0,
+                appended_per_s=2.0,
+                applied_per_s=3.0,
+            ),
+            evals=_demo_run.EvalFacts(
+                run=plan.run, rows=[row], kept=1, total=2, replayed_from=2, replayed=1, complete=True
+            ),
+            elapsed_s=1.5,
+            durability="power",
+        )
+
+    monkeypatch.setattr(_demo_run, "run_demo", told)
+    monkeypatch.chdir(tmp_path)
+    url = f"log:{tmp_path / 'mine'}"
+    done = Shell(monkeypatch, url)("demo")
+    lines = done.out.splitlines()
+    assert done.code == lost
+    assert f"lost                {lost}" in lines
+    assert "gpt" in done.out
+    assert f"  mist -u {url} trace stats" in lines
+    assert (lines[-1] == "ok") is not bool(lost)
