@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ from mist.broker.notify import Notifier
 from mist.errors import Closed, CursorAhead, DataLoss, InvalidArgument, Locked, NotFound, SequenceExpired, Unavailable
 from mist.log.committer import Committer
 from mist.log.files import REAL, Files, boot_id
-from mist.log.journal import LOG_DEFAULTS, NEW, Journal, storage_error
+from mist.log.journal import LOG_DEFAULTS, NEW, Journal, remove_tree, storage_error
 from mist.log.reader import Reader
 from mist.log.state import Lease, State, now_ms
 from mist.log.watch import Watch
@@ -78,13 +77,12 @@ async def connect(
         raise InvalidArgument("log: names no directory", hint="for example log:./data")
     path = os.path.abspath(url.target)
     try:
-        if not os.path.isdir(os.path.join(path, "streams")):
+        if not files.is_dir(os.path.join(path, "streams")):
             if not create:
                 raise NotFound(f"no log in {url.target}", hint="nothing was published there yet")
             if os.path.exists(path) and not os.path.isdir(path):
                 raise InvalidArgument(f"log:{url.target} is a file, not a directory")
-            os.makedirs(os.path.join(path, "streams"), mode=0o700, exist_ok=True)
-            files.sync_dir(path)
+            _make_directory(files, path)
         kind = _file_system(path)
     except OSError as exc:
         raise storage_error(exc, f"log:{url.target}") from exc
@@ -94,6 +92,18 @@ async def connect(
             hint="use a local disk, or a server",
         )
     return LogBroker(str(url), path, files, clock, boot or boot_id(), lock_wait_s)
+
+
+def _make_directory(files: Files, path: str) -> None:
+    """DIR and DIR/streams with all above them, and their names on the device: an acknowledged record is worth nothing
+    in a directory that a power cut takes away."""
+    above = [path]
+    while not files.is_dir(above[-1]):
+        above.append(os.path.dirname(above[-1]))
+    for made in [*reversed(above[:-1]), os.path.join(path, "streams")]:
+        with contextlib.suppress(FileExistsError):  # another process makes the same log
+            files.mkdir(made)
+        files.sync_dir(os.path.dirname(made))
 
 
 def _file_system(path: str) -> str:
@@ -194,7 +204,7 @@ class LogBroker(Broker):
         path = self._stream_path(name)
         try:
             for _ in range(5):
-                if not os.path.isdir(path):
+                if not self.files.is_dir(path):
                     if not create:
                         raise NotFound(f"no stream {name} in {self.url}")
                     config = asked.or_defaults(LOG_DEFAULTS)
@@ -233,7 +243,7 @@ class LogBroker(Broker):
             return
         self.files.sync_dir(os.path.join(self.path, "streams"))
         self._opened_state().forget_stream(name)
-        shutil.rmtree(trash)
+        remove_tree(self.files, trash)
 
     async def streams(self) -> list[str]:
         self.check_open()

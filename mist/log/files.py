@@ -82,8 +82,14 @@ class Files:
     def mkdir(self, path: str) -> None:
         os.mkdir(path, 0o700)
 
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
     def listdir(self, path: str) -> list[str]:
         return os.listdir(path)
+
+    def is_dir(self, path: str) -> bool:
+        return os.path.isdir(path)
 
     def identity(self, path: str) -> tuple[int, int]:
         """Device and inode of a directory: a copied one differs."""

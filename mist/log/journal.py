@@ -756,4 +756,4 @@ def remove_tree(files: Files, path: str) -> None:
             remove_tree(files, full)
         else:
             files.unlink(full)
-    os.rmdir(path)
+    files.rmdir(path)
