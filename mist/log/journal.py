@@ -438,6 +438,7 @@ class Journal:
                 raise
         for base in orphans:
             if base == new.durable + 1 and new.end == tail.end and self._whole_header(base):
+                self.files.sync_dir(self.path)  # who made it may have died before its name was on the device
                 new = replace(new, segment=base, end=SEGMENT_HEADER)
             else:
                 self._drop_orphans([base])
@@ -461,8 +462,15 @@ class Journal:
             self.segments.refresh()
 
     def _recover_all(self) -> None:
-        """Another boot, a copied directory or a lost page: find the end from the segments alone."""
+        """Another boot, a copied directory or a lost page: find the end from the segments alone.
+
+        A stream has no page before its first opening. Its names go to the device here, before anything is published:
+        whoever made the directory or a segment may have died before that.
+        """
         bases = self.segments.refresh()
+        streams = os.path.dirname(self.path)
+        for directory in (self.path, streams, os.path.dirname(streams)):
+            self.files.sync_dir(directory)
         last = bases[-1]
         fd = self.segments.fd(last)
         start = self.segments.start_for(last, 1 << 62)

@@ -221,6 +221,8 @@ class SimFiles(Files):
         """How many changing operations there were."""
         self.trace: list[str] | None = None
         self._cut_at: int | None = None
+        self._cut_on: tuple[str, str] | None = None
+        self._cut_nth = 0
         self.dead = False
         for path in directories:
             node = self._root
@@ -236,15 +238,20 @@ class SimFiles(Files):
         self.operations = 0
         self._cut_at = operations
 
+    def cut_on(self, kind: str, part: str = "", *, nth: int = 1) -> None:
+        """Stop at the nth operation of this kind whose path holds this text, in the same way."""
+        self._cut_on = (kind, part)
+        self._cut_nth = nth
+
     def never_cut(self) -> None:
-        self._cut_at = None
+        self._cut_at = self._cut_on = None
 
     def kill(self) -> SimFiles:
         """The processes are gone: descriptors and locks with them; the kernel and all it holds stay."""
         self._fds.clear()
         self._unlock_all(self._root)
         self.dead = False
-        self._cut_at = None
+        self.never_cut()
         self.faults = None
         return self
 
@@ -377,6 +384,10 @@ class SimFiles(Files):
             self.operations += 1
             if self.trace is not None:
                 self.trace.append(f"{kind} {path}")
+            if self._cut_on is not None and kind == self._cut_on[0] and self._cut_on[1] in path:
+                self._cut_nth -= 1
+                if not self._cut_nth:
+                    self._cut_at = self.operations
             if self._cut_at == self.operations and kind in ("sync", "sync_dir"):
                 self.dead = True
                 raise PowerCut
