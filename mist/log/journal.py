@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -55,6 +56,20 @@ LOG_DEFAULTS = replace(DEFAULTS, durability="power")
 QUARANTINE = "quarantine"
 NEW = ".new-"
 _RESERVE_MIN = 1024 * 1024
+_COPY_BYTES = 1024 * 1024
+_WARNINGS_MAX = 100
+_ALL = 1 << 62
+
+
+class _End(NamedTuple):
+    """Where a segment ends: its last sequence (base - 1 without any), the offset behind it, its chain and time, and
+    whether the segment's header is good."""
+
+    durable: int
+    end: int
+    chain: int
+    time_ns: int
+    sound: bool
 
 
 _open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
@@ -352,20 +367,23 @@ class Journal:
         if tail.end > SEGMENT_HEADER:
             self.files.truncate(self.segments.fd(tail.segment), tail.end)
         base = tail.durable + 1
-        header = SegmentHeader(
-            stream=self.name, incarnation=self.incarnation, base=base, created_ns=max(self.clock.time_ns(), tail.time_ns),
-            chain=tail.chain, stream_created_ns=self.created_ns, config=self.config,
-        )  # fmt: skip
-        self.segments.forget(base)
-        _make_segment(self.files, self.path, header)
-        self.files.sync_dir(self.path)
-        self.segments.refresh()
+        self._new_segment(base, chain=tail.chain, time_ns=tail.time_ns)
         empty = tail.durable < tail.first
         self._publish(replace(
             tail, segment=base, end=SEGMENT_HEADER,
             first_segment=base if empty else tail.first_segment,
             first_offset=SEGMENT_HEADER if empty else tail.first_offset,
         ))  # fmt: skip
+
+    def _new_segment(self, base: int, *, chain: int, time_ns: int) -> None:
+        header = SegmentHeader(
+            stream=self.name, incarnation=self.incarnation, base=base, created_ns=max(self.clock.time_ns(), time_ns),
+            chain=chain, stream_created_ns=self.created_ns, config=self.config,
+        )  # fmt: skip
+        self.segments.forget(base)
+        _make_segment(self.files, self.path, header)
+        self.files.sync_dir(self.path)
+        self.segments.refresh()
 
     def _cut(self, fd: int, tail: Tail, cause: OSError) -> None:
         """Take back a block that was not written whole. Raises Ambiguous when even that fails."""
@@ -386,11 +404,9 @@ class Journal:
             self._roll()
             self._set_dirty(0)
         except OSError as exc:
-            self.warnings.append(
-                f"segment {tail.segment} is poisoned by a failed sync and no new one could be made: {exc}"
-            )
+            self._warn(f"segment {tail.segment} is poisoned by a failed sync and no new one could be made: {exc}")
             return  # dirty and poisoned stand in the lock file: the next holder tries again before it writes
-        self.warnings.append(f"a sync of segment {tail.segment} failed; writing goes on in segment {self.tail.segment}")
+        self._warn(f"a sync of segment {tail.segment} failed; writing goes on in segment {self.tail.segment}")
 
     def _write_index(self, segment: int, base: int, time_ns: int, offset: int) -> None:
         region = offset // INDEX_EVERY
@@ -466,53 +482,104 @@ class Journal:
 
         A stream has no page before its first opening. Its names go to the device here, before anything is published:
         whoever made the directory or a segment may have died before that.
+
+        The page of a former boot still says one thing for certain: up to its mark, sequences were shown to readers. Where
+        the segments end below it, what is missing is damage, and its sequences are not given again.
         """
         bases = self.segments.refresh()
         streams = os.path.dirname(self.path)
         for directory in (self.path, streams, os.path.dirname(streams)):
             self.files.sync_dir(directory)
-        last = bases[-1]
+        old = decode_tail(self.files.pread(self._tail_fd, TAIL_BYTES, 0))
+        if old is not None and (old.device, old.inode) != self.identity:
+            old = None  # a copy; it may show several instants
+        shown = old.durable if old is not None else 0
+        lowest = bases[0] if bases else 1
+        found: _End | None = None
+        while bases and found is None:
+            last = bases[-1]
+            found = self._end_of(last)
+            if not found.sound and found.durable < last:
+                # nothing in it can be read: out of the way with it, the segment before tells where we are
+                self._set_aside(last)
+                shown = max(shown, last - 1)
+                bases = self.segments.refresh()
+                found = None
+        if found is None:
+            last = shown + 1
+            self._new_segment(last, chain=0, time_ns=0)
+            found = _End(shown, SEGMENT_HEADER, 0, 0, True)
         fd = self.segments.fd(last)
-        start = self.segments.start_for(last, 1 << 62)
+        self._keep_torn(fd, last, found.end)
+        self.files.sync(fd)
+        time_ns = max(found.time_ns, old.time_ns if old is not None else 0)
+        for base in reversed(self.segments.bases[:-1]):
+            time_ns = time_ns or self._last_time(base)
+        first = max(self._read_trim(), old.first if old is not None else 1)
+        if self._limited:
+            first = max(first, lowest)  # below it, retention let go without a mark
+        durable = max(found.durable, shown)
+        tail = Tail(
+            generation=(old.generation if old is not None else 0) + 1, boot=self.boot, device=self.identity[0],
+            inode=self.identity[1], durable=durable, segment=last, end=found.end, chain=found.chain, time_ns=time_ns,
+            first=min(first, durable + 1), first_segment=last, first_offset=SEGMENT_HEADER, bytes=0,
+            deleted=old.deleted if old is not None else 0,
+        )  # fmt: skip
+        if found.durable < shown:
+            self._warn(f"records {found.durable + 1} to {shown} are lost: they were published and are not there")
+        tail = self._placed(tail, tail.first)
+        if found.durable < shown or not found.sound:
+            self.tail = tail
+            self._roll()
+            tail = self.tail
+        if self._limited:
+            tail = self._retained(tail, self.clock.time_ns())
+        self._publish(tail)
+        self._set_dirty(0)
+        self._remove_segments(self.tail.first_segment)
+
+    def _end_of(self, base: int) -> _End:
+        """Where a segment's good blocks end, searched from its last index entry on."""
         try:
-            chain = self.segments.header(last).chain
-        except BadBytes:
-            chain = 0
-            self.warnings.append(f"the header of segment {last} is damaged")
-        durable, end, time_ns = last - 1, SEGMENT_HEADER, 0
-        limit = 1 << 62
-        expected = None if start > SEGMENT_HEADER else last
+            chain, sound = self.segments.header(base).chain, True
+        except BadBytes as exc:
+            chain, sound = 0, False
+            self._warn(f"the header of segment {base} is damaged: {exc}")
+        start = self.segments.start_for(base, _ALL)
+        at_start = start == SEGMENT_HEADER
+        durable, end, time_ns = base - 1, SEGMENT_HEADER, 0
         for item in self.segments.walk(
-            last, start=start, chain=chain if start == SEGMENT_HEADER and chain else None, expected=expected, mark=limit
-        ):
+            base, start=start, chain=chain if at_start and sound and chain else None, expected=base if at_start else None,
+            mark=_ALL,
+        ):  # fmt: skip
             if isinstance(item, Gap):
-                if item.last >= limit:
+                if item.last >= _ALL:
                     break  # nothing good behind: a torn tail, not damage
-                self.warnings.append(f"records {item.first} to {item.last} are damaged")
+                self._warn(f"records {item.first} to {item.last} are damaged")
                 continue
             durable, end = item.header.last, item.offset + item.header.size
             chain, time_ns = item.header.crc, max(time_ns, item.header.time_ns)
-        self._keep_torn(fd, last, end)
-        self.files.sync(fd)
-        if not time_ns and len(bases) > 1:
-            time_ns = self._last_time(bases[-2])
-        boot_tail = self.files.pread(self._tail_fd, TAIL_BYTES, 0)
-        old = decode_tail(boot_tail)
-        first = max(bases[0], self._read_trim())
-        tail = Tail(
-            generation=(old.generation if old else 0) + 1, boot=self.boot, device=self.identity[0],
-            inode=self.identity[1], durable=durable, segment=last, end=end, chain=chain, time_ns=time_ns,
-            first=min(first, durable + 1), first_segment=bases[0], first_offset=SEGMENT_HEADER, bytes=0,
-            deleted=old.deleted if old and (old.device, old.inode) == self.identity else 0,
-        )  # fmt: skip
-        tail = self._placed(tail, tail.first)
-        if self._limited:
-            tail = self._retained(tail, self.clock.time_ns())
-        words = self.files.pread(self._lock_fd, _LOCK_WORDS.size, 0)
-        if len(words) == _LOCK_WORDS.size:
-            tail = replace(tail, generation=max(tail.generation, _LOCK_WORDS.unpack(words)[0]))
-        self._publish(tail)
-        self._remove_segments(self.tail.first_segment)
+        return _End(durable, end, chain, time_ns, sound)
+
+    def _set_aside(self, base: int) -> None:
+        """Move a segment of which nothing can be read to the quarantine."""
+        self.segments.forget(base)
+        name = segment_name(base)
+        kept = f"{self._quarantine()}/{name}-{secrets.token_hex(4)}.damaged"
+        self.files.rename(os.path.join(self.path, name), kept)
+        self.files.sync_dir(self.path)
+        self._warn(f"segment {base} cannot be read and is kept in {QUARANTINE}")
+
+    def _quarantine(self) -> str:
+        folder = os.path.join(self.path, QUARANTINE)
+        if not self.files.is_dir(folder):
+            self.files.mkdir(folder)
+        return folder
+
+    def _warn(self, text: str) -> None:
+        """Keep a warning for `info`: each once, at most a hundred."""
+        if text not in self.warnings and len(self.warnings) < _WARNINGS_MAX:
+            self.warnings.append(text)
 
     def _last_time(self, base: int) -> int:
         time_ns = 0
@@ -524,23 +591,31 @@ class Journal:
     def _keep_torn(self, fd: int, segment: int, end: int) -> None:
         """Cut what lies behind the last good block, keeping a copy when it is not just reserved space."""
         size = self.files.size(fd)
-        if size < end:
-            raise OSError(errno.EIO, f"segment {segment} is shorter than what was published")
-        torn = self.files.pread(fd, BLOCK_DATA_MAX, end).rstrip(b"\0")
+        if size <= end:
+            if size < end:
+                self._warn(f"segment {segment} is shorter than what was published in it")
+            return
+        torn = 0
+        for at in range(end, size, _COPY_BYTES):
+            part = self.files.pread(fd, _COPY_BYTES, at).rstrip(b"\0")
+            torn = at + len(part) - end if part else torn
         if not torn:
             return
-        folder = os.path.join(self.path, QUARANTINE)
-        if QUARANTINE not in self.files.listdir(self.path):
-            self.files.mkdir(folder)
-        kept = os.path.join(folder, f"{segment:020d}-{end}-{secrets.token_hex(4)}.torn")
-        aside = self.files.open(kept, create=True)
+        where = f"{torn} bytes of an unfinished write were cut from segment {segment}"
         try:
-            write_all(self.files, aside, [torn], 0)
-        finally:
-            self.files.close(aside)
-        self.warnings.append(
-            f"{len(torn)} bytes of an unfinished write were cut from segment {segment} and kept in {QUARANTINE}"
-        )
+            kept = f"{self._quarantine()}/{segment:020d}-{end}-{secrets.token_hex(4)}.torn"
+            aside = self.files.open(kept, create=True)
+            try:
+                for at in range(0, torn, _COPY_BYTES):
+                    write_all(self.files, aside, [self.files.pread(fd, min(_COPY_BYTES, torn - at), end + at)], at)
+                self.files.sync(aside)
+            finally:
+                self.files.close(aside)
+            self._warn(f"{where} and kept in {QUARANTINE}")
+        except OSError as exc:
+            if exc.errno not in _FULL:
+                raise
+            self._warn(f"{where}; the disk is too full to keep them")  # nobody was told that they are stored
         self._reserved = (0, 0)
         self.files.truncate(fd, end)
 
@@ -664,7 +739,7 @@ class Journal:
         try:
             return int(msgspec.json.decode(self.files.pread(fd, 256, 0), type=dict[str, int])["first"])
         except (msgspec.DecodeError, KeyError):
-            self.warnings.append("the trim mark cannot be read; trimmed records may show again")
+            self._warn("the trim mark cannot be read; trimmed records may show again")
             return 1
         finally:
             self.files.close(fd)
@@ -729,7 +804,7 @@ class Journal:
                 if base != tail.segment and self.files.size(reader.fd(base)) > end and not damage:
                     slack = self.files.pread(reader.fd(base), BLOCK_DATA_MAX, end).strip(b"\0")
                     if slack:
-                        self.warnings.append(f"{where}: {len(slack)} bytes of a superseded write behind its last block")
+                        self._warn(f"{where}: {len(slack)} bytes of a superseded write behind its last block")
         finally:
             reader.close()
         return Verification(records=records, bytes=size, first=tail.first, last=tail.durable, damage=damage)
