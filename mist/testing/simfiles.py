@@ -314,6 +314,16 @@ class SimFiles(Files):
         for _ in range(most - 2):
             yield self.power_cut(Dice(rng))
 
+    def settle(self) -> None:
+        """Everything is on the disk, as after a long quiet time."""
+        nodes = [self._root]
+        while nodes:
+            node = nodes.pop()
+            for entry in list(node.waiting):
+                entry.sync()
+            node.disk, node.changes = node.cache.copy(), []
+            nodes.extend(node.entries.values())
+
     def content(self, path: str) -> bytes:
         """A file as the kernel sees it."""
         node = self._find(path)

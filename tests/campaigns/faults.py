@@ -1,0 +1,396 @@
+"""Campaigns of the embedded log under simulated faults: C02, C03, C04, C05 and C31.
+
+Each is a function `(budget_s, seed, report, *, cases=None) -> dict` that says what it reached and raises AssertionError,
+naming the seed, when a promise broke. `cases` bounds it by count instead of time. C31, the bug bank, is in bugbank.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from mist.broker.base import Message, Record, StreamConfig
+from mist.errors import Ambiguous, DataLoss, MistError
+from mist.log.format import TAIL_BYTES, block_header, decode_tail, encode_tail
+from mist.testing.simfiles import AFFECTED, SHORT, Dice, Faults, PowerCut, SimFiles
+from .simbox import PATH, STREAMS, Box, Model, Tick, boot, seeded
+
+Report = Callable[[str], None]
+
+SMALL = StreamConfig(segment_bytes=8192)
+
+
+class _Until:
+    """Time or cases, whichever was asked for."""
+
+    def __init__(self, budget_s: float, cases: int | None) -> None:
+        self._until = time.monotonic() + budget_s
+        self._cases = cases
+
+    def more(self, done: int) -> bool:
+        return done < self._cases if self._cases is not None else time.monotonic() < self._until
+
+
+@contextmanager
+def _named(seed: int, what: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, MistError) as exc:
+        raise AssertionError(f"seed {seed}: {what()}: {exc!r}") from exc
+
+
+# -- C02: power cuts --------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    what: str
+    count: int = 1
+    size: int = 100
+
+
+class World:
+    """A machine with one log, over kills and power cuts."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.config = config
+        self.clock = Tick()
+        self.files = SimFiles("/log/streams")
+        self.model = Model()
+        self.number = 1
+        self.box: Box | None = None
+        self.done: list[str] = []
+
+    def opened(self) -> Box:
+        if self.box is None:
+            if not self.files.is_dir(PATH):
+                Box.create(self.files, self.config, self.clock)
+            self.box = Box(self.files, self.number, clock=self.clock)
+        return self.box
+
+    def step(self, step: Step) -> None:
+        self.done.append(f"{step.what} {step.count}x{step.size}")
+        box = self.opened()
+        if step.what == "append":
+            self.model.append(box, self.model.messages(step.count, step.size))
+        elif step.what == "again" and self.model.acked:
+            last = max(self.model.acked)
+            again = [
+                self.model.acked[s] for s in range(max(last - step.count, 0) + 1, last + 1) if s in self.model.acked
+            ]
+            box.append([Message("a.0", self.model.tried[i], i) for i in again])
+        elif step.what == "trim":
+            tail = box.reader.tail()
+            before = tail.first + (tail.durable + 1 - tail.first) * min(step.count, 100) // 100
+            self.model.trim(box, before)
+        elif step.what == "read":
+            self.model.look(box.all())
+        elif step.what == "reopen":
+            box.close()
+            self.box = None
+        elif step.what == "badsync":
+            self.files.faults = Faults(errno.EIO, 1)
+            self.files.faults.check = _only("sync", self.files.faults)  # type: ignore[method-assign]
+            try:
+                self.model.append(box, self.model.messages(step.count, step.size))
+            finally:
+                self.files.faults = None
+
+    def kill(self) -> None:
+        """kill -9 of all processes."""
+        self.done.append("kill")
+        self.files.kill()
+        self.box = None
+
+    def cut(self, files: SimFiles) -> World:
+        """The same machine after a power cut that left these files."""
+        new = World(self.config)
+        new.clock = self.clock
+        new.files = files
+        new.model = self.model.copy()
+        new.number = self.number + 1
+        new.done = [*self.done, "CUT"]
+        return new
+
+    def check(self) -> None:
+        """Open what is there and hold it against the model; then see that it goes on."""
+        if not self.files.is_dir(PATH):
+            assert not self.model.acked, "the stream is gone"
+            return
+        box = self.opened()
+        tail = box.reader.tail()
+        records = box.all()
+        self.model.check(records, tail.first, tail.durable)
+        found = box.journal.verify()
+        assert not found.damage, f"verify finds {found.damage}"
+        self.model.look(records)
+        waiting = list(self.model.in_flight)
+        if waiting:
+            # the caller repeats what it had no answer for: stored once, whatever the crash kept of it
+            sequences = box.append(waiting)
+            self.model._acked(waiting, sequences)
+            self.model.in_flight = []
+        assert self.model.append(box, self.model.messages(2, 120)) is None, "it does not go on"
+        tail = box.reader.tail()
+        self.model.check(box.all(), tail.first, tail.durable)
+
+
+def _only(kind: str, faults: Faults) -> Callable[[str, str], bool]:
+    real = Faults.check
+
+    def check(what: str, path: str) -> bool:
+        return real(faults, what, path) if what == kind else False
+
+    return check
+
+
+SHORT_SCRIPTS: tuple[tuple[Step, ...], ...] = (
+    (Step("append"),),
+    (Step("append", 2, 700), Step("append", 1, 40)),
+    (Step("append", 3, 300), Step("reopen"), Step("append", 2, 300)),
+    (Step("append", 2, 2200), Step("append", 2, 2200), Step("append")),
+    (Step("append", 4, 900), Step("append", 4, 900), Step("trim", 60), Step("append")),
+    (Step("append", 1, 9000), Step("append"), Step("trim", 100), Step("append")),
+    (Step("append"), Step("badsync", 2, 400), Step("append")),
+    (Step("append", 2, 1500), Step("badsync", 2, 2400), Step("badsync"), Step("append"), Step("again", 3)),
+)
+
+
+def c02(
+    budget_s: float, seed: int, report: Report, *, cases: int | None = None, config: StreamConfig = SMALL
+) -> dict[str, Any]:
+    """Simulated power cuts: crash states of short scripts at every operation, then random long ones.
+
+    Looked for after every cut: acknowledged records, records a reader was given, trims that returned; nothing doubled,
+    nothing invented, no damage reported, the durable mark not lower, appends go on.
+    """
+    until = _Until(budget_s, cases)
+    states = scripts = exhaustive = 0
+    with seeded(seed) as rng:
+        jobs = [
+            (script, second, at)
+            for script in SHORT_SCRIPTS
+            for second in (False, True)
+            for at in range(1, _count(script, config) + 1)
+        ]
+        rng.shuffle(jobs)
+        # a small run takes a few states of every crash point, a long one all of them where that is possible
+        most = 256 if cases is None or cases >= 20_000 else max(cases // 2 // len(jobs), 3)
+        for script, second, at in jobs:
+            if not until.more(states):
+                break
+            scripts += 1
+            world = _crashed(script, config, at)
+            if second:  # the process dies there, another one recovers, and then the power goes
+                world.kill()
+                world.files.cut_after(rng.randint(1, 16))
+                with suppress(PowerCut):
+                    world.step(Step("append"))
+                world.model.peek(world.files, world.box, world.number)
+            exhaustive += 1 << world.files.unsettled() <= most
+            for files in world.files.crash_states(most=most, seed=rng.randrange(1 << 30)):
+                after = world.cut(files)
+                with _named(
+                    seed, lambda s=script, a=at, k=second: f"{_text(s)}, {'kill' if k else 'cut'} at operation {a}"
+                ):  # type: ignore[misc]
+                    after.check()
+                states += 1
+        report(f"C02: {states} states of {scripts} crash points, {exhaustive} of them with every state")
+        longs = cuts = 0
+        while until.more(states):
+            longs += 1
+            world = World(config)
+            for _ in range(rng.randint(1, 4)):
+                cuts += 1
+                world.files.cut_after(rng.randint(1, 60))
+                with _named(seed, lambda w=world, n=longs: f"long script {n}: {w.done}"):  # type: ignore[misc]
+                    try:
+                        for step in _random_steps(rng):
+                            world.step(step)
+                    except PowerCut:
+                        pass
+                    world.model.peek(world.files, world.box, world.number)
+                    if rng.random() < 0.3:
+                        world.kill()
+                        continue
+                    worlds = [
+                        world.cut(files) for files in world.files.crash_states(most=4, seed=rng.randrange(1 << 30))
+                    ]
+                    for after in worlds:
+                        after.check()
+                        states += 1
+                    world = worlds[-1]
+        report(f"C02: {states} states, {longs} long scripts, {cuts} crashes in them")
+    return {"states": states, "crash_points": scripts, "exhaustive": exhaustive, "long_scripts": longs, "lost": 0}
+
+
+def _text(script: Sequence[Step]) -> str:
+    return "; ".join(f"{s.what} {s.count}x{s.size}" for s in script)
+
+
+def _count(script: Sequence[Step], config: StreamConfig) -> int:
+    world = World(config)
+    for step in script:
+        world.step(step)
+    return world.files.operations
+
+
+def _crashed(script: Sequence[Step], config: StreamConfig, at: int) -> World:
+    world = World(config)
+    world.files.cut_after(at)
+    try:
+        for step in script:
+            world.step(step)
+    except PowerCut:
+        pass
+    world.model.peek(world.files, world.box, world.number)
+    return world
+
+
+def _random_steps(rng: random.Random) -> Iterator[Step]:
+    while True:
+        what = rng.choices(("append", "again", "trim", "read", "reopen", "badsync"), weights=(12, 2, 2, 2, 2, 1))[0]
+        if what == "trim":
+            yield Step(what, rng.choice((10, 30, 60, 100)))
+        else:
+            yield Step(what, rng.randint(1, 6), rng.choice((10, 100, 500, 1500, 3000)))
+
+
+# -- C03: torn tails --------------------------------------------------------------------------------------------------
+
+
+class _Log(NamedTuple):
+    """A log with every block's place, its last sequence, and the tail page as it was published after it."""
+
+    files: SimFiles
+    model: Model
+    segment: str
+    blocks: list[tuple[int, int, int]]
+    """(offset, end, last sequence) of the last segment's blocks."""
+    pages: list[bytes]
+
+
+def _log(rng: random.Random, blocks: int, *, config: StreamConfig = SMALL, before: int = 0) -> _Log:
+    files = SimFiles("/log/streams")
+    clock = Tick()
+    Box.create(files, config, clock)
+    box = Box(files, 1, clock=clock)
+    model = Model()
+    for _ in range(before):
+        model.append(box, model.messages(2, 1500))
+    places: list[tuple[int, int, int]] = []
+    pages: list[bytes] = []
+    last_segment = 0
+    while len(places) < blocks:
+        model.append(box, model.messages(rng.randint(1, 5), rng.choice((5, 60, 200))))
+        tail = box.journal.tail
+        if tail.segment != last_segment:
+            last_segment, places, pages = tail.segment, [], []
+        start = places[-1][1] if places else 4096
+        places.append((start, tail.end, tail.durable))
+        pages.append(files.content(f"{PATH}/tail")[:TAIL_BYTES])
+    box.close()
+    return _Log(files, model, f"{PATH}/{last_segment:020d}.seg", places, pages)
+
+
+def c03(budget_s: float, seed: int, report: Report, *, cases: int | None = None) -> dict[str, Any]:
+    """Torn tails: the last segment cut at every byte of its last 16 blocks.
+
+    A crash leaves a page that says less than the segment holds: whole blocks stay, the torn one is cut and kept aside.
+    A segment shorter than what was published is damage: it is reported with its exact range and its sequences are
+    never given again, after a reboot and within one boot.
+    """
+    until = _Until(budget_s, cases)
+    done = reported = 0
+    with seeded(seed) as rng:
+        # blocks small enough that every byte can be cut, in a log with segments before it
+        log = _log(rng, 17, config=StreamConfig(segment_bytes=16384), before=4)
+        whole = log.files.content(log.segment)[: log.blocks[-1][1]]
+        first = len(log.blocks) - 16
+        start, end = log.blocks[first][0], log.blocks[-1][1]
+        places = list(range(start, end + 1))
+        rng.shuffle(places)
+        for cut in places:
+            if not until.more(done):
+                break
+            keeps = max((b for b in log.blocks if b[1] <= cut), key=lambda b: b[1])
+            with _named(seed, lambda c=cut: f"last segment cut at byte {c}"):  # type: ignore[misc]
+                for slack in (b"", b"\0" * 600):
+                    _torn(log, whole[:cut] + slack, keeps, cut)
+                if keeps[1] < end:
+                    for number in (1, 2):
+                        _shorter(log, whole[:cut], keeps, number, hole=rng.random() < 0.5)
+                        reported += 1
+            done += 1
+        report(f"C03: {done} of {len(places)} cuts of a segment's last 16 blocks, {reported} too short ones reported")
+    return {"cuts": done, "of": len(places), "reported": reported, "lost": 0}
+
+
+def _fresh(log: _Log) -> SimFiles:
+    """A copy of the files of a log."""
+    log.files.settle()
+    return log.files.power_cut(Dice(0))
+
+
+def _torn(log: _Log, content: bytes, keeps: tuple[int, int, int], cut: int) -> None:
+    files = _fresh(log)
+    files.put(log.segment, content)
+    files.put(f"{PATH}/tail", next(p for b, p in zip(log.blocks, log.pages, strict=True) if b == keeps))
+    box = Box(files, 2)
+    tail = box.reader.tail()
+    assert tail.durable == keeps[2], f"last is {tail.durable}, whole blocks reach {keeps[2]}"
+    records = box.all()
+    assert [r.sequence for r in records] == list(range(1, keeps[2] + 1))
+    assert all(r.id == log.model.acked[r.sequence] and r.data == log.model.tried[r.id] for r in records)
+    assert not box.journal.verify().damage
+    torn = content[keeps[1] : cut].rstrip(b"\0")
+    aside = [files.content(p) for p in files.paths() if "/quarantine/" in p]
+    assert aside == ([torn] if torn else []), "what was cut is kept"
+    assert box.append([Message("a", b"next", "next")]) == [keeps[2] + 1]
+    box.close()
+
+
+def _shorter(log: _Log, content: bytes, keeps: tuple[int, int, int], number: int, *, hole: bool) -> None:
+    """The page has published more than the segment holds now."""
+    files = _fresh(log)
+    end, last = log.blocks[-1][1], log.blocks[-1][2]
+    files.put(log.segment, content + (b"\0" * (end - len(content)) if hole else b""))
+    box = Box(files, number)
+    records, lost = _with_gaps(box)
+    assert [r.sequence for r in records] == list(range(1, keeps[2] + 1))
+    assert all(r.id == log.model.acked[r.sequence] and r.data == log.model.tried[r.id] for r in records)
+    assert lost == [(keeps[2] + 1, last)], f"lost {lost}, not {keeps[2] + 1} to {last}"
+    damage = box.journal.verify().damage
+    assert [(d.first, d.last) for d in damage] == lost, f"verify says {damage}"
+    assert box.append([Message("a", b"next", "next")]) == [last + 1], "a published sequence was given again"
+    records, lost = _with_gaps(box)
+    assert records[-1].id == "next"
+    assert lost == [(keeps[2] + 1, last)]
+    box.close()
+    records, lost = _with_gaps(Box(files, number + 1))
+    assert records[-1].id == "next"
+    assert lost == [(keeps[2] + 1, last)], f"after another boot: {lost}"
+
+
+def _with_gaps(box: Box) -> tuple[list[Record], list[tuple[int, int]]]:
+    """All that can be read, and the ranges that DataLoss named."""
+    out: list[Record] = []
+    lost: list[tuple[int, int]] = []
+    tail = box.reader.tail()
+    at = tail.first - 1
+    while True:
+        try:
+            page = box.reader.page(after=at, match=None, limit=1000, bytes_max=1 << 30)
+        except DataLoss as exc:
+            if exc.first <= at or exc.last < exc.first or exc.resume_after < exc.last:
+                raise AssertionError(f"a range that cannot be: after {at}, {exc.first} to {exc.last}") from exc
+            lost.append((exc.first, exc.last))
+            at = exc.resume_after
+            continue
+        out.extend(page.records)
+        if page.scanned >= page.last:
+            return out, lost
+        at = page.scanned
