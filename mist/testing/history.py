@@ -233,6 +233,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
 
 _SHOWN = 5
+_DEADLINE_NS = 2_000_000
+"""Deadlines are kept in whole milliseconds, so a record may come back that much early."""
 
 
 class _Call:
@@ -556,7 +558,7 @@ class Checker:
         self, name: str, config: Consuming, handed: dict[int, list[tuple[int, int, int]]], done: dict[int, int],
         given_back: dict[int, list[int]],
     ) -> None:  # fmt: skip
-        wait_ns = int(config.ack_wait_s * 1e9)
+        wait_ns = int(config.ack_wait_s * 1e9) - _DEADLINE_NS
         for s, times in handed.items():
             times.sort()
             if self._at and s >= self._first and s not in self._at:

@@ -181,7 +181,7 @@ def test_a_broken_promise_of_the_stream_is_found(case: str) -> None:
     assert promise in broken(verdict(events)), case
 
 
-CONSUMING = h.Consuming(start_ns=0, consumer="c", after=0, ack_wait_s=1e-6, attempts_max=2)  # 1,000 ns
+CONSUMING = h.Consuming(start_ns=0, consumer="c", after=0, ack_wait_s=0.002_001, attempts_max=2)  # 1,000 ns more than deadlines are rounded by
 TWO = [*appended("a", 1, [1, 2], 10), final([(1, "a", 1, 2)], last=2, at=20_000)]
 
 
@@ -301,5 +301,5 @@ def test_the_verdict_says_how_many_and_shows_the_first() -> None:
     """A verdict names the kinds, their numbers and examples, without printing thousands of lines."""
     v = verdict(appended("a", 1, list(range(1, 101)), 10), final([], last=0))
     assert v.totals["lost"] == 100
-    assert len(v.problems) == 5
+    assert len([p for p in v.problems if p.promise == "lost"]) == 5
     assert "lost: a 1, acked at 1, is not there" in str(v)
