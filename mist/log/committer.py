@@ -233,6 +233,8 @@ class Committer:
         """Under lock: store what the batch holds; results and errors go into its requests."""
         try:
             self._journal.enter()
+            if self._reader is not None:
+                self._reader.drop_below(self._journal.tail)
             self._catch_up(batch)
             _Block(self._journal, self._window).store(batch)
         except MistError as exc:

@@ -255,6 +255,7 @@ class Journal:
             raise storage_error(exc, f"stream {self.name}: recovery") from exc
         if self.tail.deleted:
             raise NotFound(f"stream {self.name} was deleted")
+        self.segments.drop_below(self.tail.first_segment)
 
     def current(self) -> Tail:
         """The published page, after recovery where that is needed. Safe beside the thread that commits."""

@@ -55,7 +55,12 @@ class Reader:
         tail = self._journal.current()
         if tail.deleted:
             raise NotFound(f"stream {self._journal.name} was deleted")
+        self.drop_below(tail)
         return tail
+
+    def drop_below(self, tail: Tail) -> None:
+        """Let go of what was trimmed."""
+        self._segments.drop_below(tail.first_segment)
 
     def page(self, *, after: int, match: Match, limit: int, bytes_max: int, tail: Tail | None = None) -> Page:
         """Raises SequenceExpired, CursorAhead, DataLoss, NotFound, Unavailable."""

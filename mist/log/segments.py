@@ -92,6 +92,11 @@ class Segments:
         if fd is not None:
             self.files.close(fd)
 
+    def drop_below(self, base: int) -> None:
+        """Let go of segments that were removed: an open descriptor would keep their space from everybody."""
+        for old in [b for b in self._fds if b < base]:
+            self.forget(old)
+
     def close(self) -> None:
         for base in list(self._fds):
             self.forget(base)
