@@ -43,11 +43,22 @@ from mist.broker.checkpoint import check_key, check_save
 from mist.broker.clock import SYSTEM, Clock
 from mist.broker.deadletter import bury, dead_letter
 from mist.broker.notify import Notifier
-from mist.errors import Closed, CursorAhead, DataLoss, InvalidArgument, Locked, NotFound, SequenceExpired, Unavailable
+from mist.errors import (
+    Closed,
+    CursorAhead,
+    DataLoss,
+    InvalidArgument,
+    Locked,
+    NotFound,
+    SequenceExpired,
+    StorageFull,
+    Unavailable,
+)
 from mist.log.committer import Committer
 from mist.log.files import REAL, Files, boot_id
 from mist.log.journal import LOG_DEFAULTS, NEW, Journal, remove_tree, storage_error
 from mist.log.reader import Reader
+from mist.log.reserve import Reserve
 from mist.log.state import Lease, State, now_ms
 from mist.log.watch import Watch
 from mist.protocol.subject import check_name, check_stream, dead_stream, matcher
@@ -160,7 +171,21 @@ class LogBroker(Broker):
         return running.result()
 
     async def with_state(self, call: Callable[[State], T]) -> T:
-        return await self.thread(lambda: call(self._opened_state()))
+        return await self.thread(self.with_reserve, lambda: call(self._opened_state()))
+
+    def with_reserve(self, call: Callable[[], T]) -> T:
+        """In the broker's thread: a call that must work on a full disk. It is repeated when it met one, with the space
+        that is kept for this. It must have left nothing behind when it raises StorageFull."""
+        try:
+            return call()
+        except StorageFull:
+            try:
+                Reserve(self.files, self.path).give_up()
+            except OSError as exc:
+                raise storage_error(exc, f"{self.url}: reserve") from exc
+            if self._state is not None:
+                self._state.make_room()
+            return call()
 
     def _opened_state(self) -> State:
         if self._state is None:
@@ -256,7 +281,7 @@ class LogBroker(Broker):
     async def delete(self, name: str) -> None:
         self.check_open()
         check_stream(name)
-        await self.thread(self._delete, name)
+        await self.thread(self.with_reserve, lambda: self._delete(name))
         stream = self._streams.pop(name, None)
         if stream is not None:
             await stream.retire()
@@ -348,7 +373,11 @@ class LogStream(Stream):
         committer = self._committer
         if committer.full:
             await committer.room()
-        return await committer.append(messages, expected_last)
+        try:
+            return await committer.append(messages, expected_last)
+        except StorageFull:
+            self._let_go()
+            raise
 
     async def read(
         self,
@@ -443,9 +472,16 @@ class LogStream(Stream):
     async def trim(self, *, before: int) -> int:
         check_position(before, "before")
         self._check()
-        gone: int = await self.broker.thread(self._locked, lambda j: j.trim(before))
+        gone: int = await self.broker.thread(self.broker.with_reserve, lambda: self._locked(lambda j: j.trim(before)))
+        self._let_go()
         self.changed.notify()  # what was leased below it is gone: there may be room for others
         return gone
+
+    def _let_go(self) -> None:
+        """Close what the reader holds of removed segments, so that their space is free for the next append."""
+        tail = self.journal.published()
+        if tail is not None:
+            self._reader.drop_below(tail)
 
     async def verify(self) -> Verification:
         self._check()

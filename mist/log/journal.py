@@ -48,6 +48,7 @@ from mist.log.format import (
     encode_tail,
     seed_of,
 )
+from mist.log.reserve import Reserve
 from mist.log.segments import INDEX, Block, Gap, Segments, segment_name
 
 _LOCK_WORDS = struct.Struct("<QQQ")  # generation being made, poisoned segment's base, pid of the last holder
@@ -353,6 +354,7 @@ class Journal:
             reserved = self.files.size(fd)
         if tail.end + size > reserved:
             want = max(min(reserved * 2, segment_size(self.config)), tail.end + size, _RESERVE_MIN)
+            Reserve(self.files, os.path.dirname(os.path.dirname(self.path))).keep()
             self.files.allocate(fd, want)
             reserved = want
         self._reserved = (tail.segment, reserved)

@@ -178,6 +178,11 @@ class State:
         finally:
             self.files.unlock(self._lock_fd)
 
+    def make_room(self) -> None:
+        """After StorageFull: move what the write-ahead log holds into the database, so that its space is used again."""
+        with _translated():
+            self._read().execute("pragma wal_checkpoint(passive)")
+
     def _read(self) -> sqlite3.Connection:
         if self._db is None:
             raise Closed("the broker is closed")

@@ -181,7 +181,9 @@ def test_a_broken_promise_of_the_stream_is_found(case: str) -> None:
     assert promise in broken(verdict(events)), case
 
 
-CONSUMING = h.Consuming(start_ns=0, consumer="c", after=0, ack_wait_s=0.002_001, attempts_max=2)  # 1,000 ns more than deadlines are rounded by
+CONSUMING = h.Consuming(
+    start_ns=0, consumer="c", after=0, ack_wait_s=0.002_001, attempts_max=2
+)  # 1,000 ns more than deadlines are rounded by
 TWO = [*appended("a", 1, [1, 2], 10), final([(1, "a", 1, 2)], last=2, at=20_000)]
 
 
