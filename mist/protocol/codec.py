@@ -39,6 +39,7 @@ __all__ = [
     "encode_msgpack",
     "refusals",
     "refuse",
+    "screen",
     "verify",
 ]
 

@@ -14,10 +14,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from mist.broker.base import Message, Record, StreamConfig
-from mist.errors import Ambiguous, DataLoss, MistError
-from mist.log.format import TAIL_BYTES, block_header, decode_tail, encode_tail
-from mist.testing.simfiles import AFFECTED, SHORT, Dice, Faults, PowerCut, SimFiles
-from .simbox import PATH, STREAMS, Box, Model, Tick, boot, seeded
+from mist.errors import DataLoss, MistError
+from mist.log.format import TAIL_BYTES
+from mist.testing.simfiles import Dice, Faults, PowerCut, SimFiles
+
+from .simbox import PATH, Box, Model, Tick, seeded
 
 Report = Callable[[str], None]
 
