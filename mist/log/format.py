@@ -195,18 +195,30 @@ class Meta(NamedTuple):
 def decode_meta(block: bytes, header: BlockHeader) -> Meta:
     """The meta part of a block; `block` may end behind it. Raises BadBytes."""
     try:
-        return Meta(*_decode_meta(memoryview(block)[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]))
-    except msgspec.DecodeError as exc:
-        raise BadBytes(f"block meta cannot be read: {exc}") from exc
+        meta = Meta(*_decode_meta(memoryview(block)[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]))
+    except (msgspec.DecodeError, UnicodeDecodeError, MemoryError) as exc:  # the last: a length that nothing follows
+        raise BadBytes(f"block meta cannot be read: {exc!r}") from exc
+    count, subjects = header.records, len(meta.subjects)
+    which = 0 if subjects == 1 else count if subjects <= 256 else 2 * count
+    if (
+        not subjects
+        or len(meta.which) != which
+        or (meta.ids is not None and len(meta.ids) != count)
+        or (meta.headers is not None and len(meta.headers) != count)
+    ):
+        raise BadBytes(f"block meta does not fit {count} records")
+    return meta
 
 
 def decode_records(block: bytes, header: BlockHeader, meta: Meta) -> list[Record]:
-    """All records of a block whose checksum holds."""
+    """All records of a block whose checksum holds. Raises BadBytes."""
     start = BLOCK_HEADER + header.meta_len
     try:
         datas = _decode_payloads(memoryview(block)[start : start + header.data_len])
-    except msgspec.DecodeError as exc:
-        raise BadBytes(f"block data cannot be read: {exc}") from exc
+    except (msgspec.DecodeError, MemoryError) as exc:
+        raise BadBytes(f"block data cannot be read: {exc!r}") from exc
+    if len(datas) != header.records:
+        raise BadBytes(f"{len(datas)} payloads in a block of {header.records} records")
     base, time_ns = header.base, header.time_ns
     if header.records == 1:
         heads: Headers = tuple(meta.headers[0]) if meta.headers else ()
@@ -214,12 +226,15 @@ def decode_records(block: bytes, header: BlockHeader, meta: Meta) -> list[Record
     numbers = meta.numbers(header.records)
     subjects = repeat(meta.subjects[0]) if numbers is None else map(meta.subjects.__getitem__, numbers)
     sequences = range(base, base + header.records)
-    if meta.headers is None:
-        if meta.ids is None:
-            return list(map(Record, sequences, subjects, datas, repeat(time_ns)))
-        return list(map(Record, sequences, subjects, datas, repeat(time_ns), meta.ids))
-    ids = meta.ids or repeat("")
-    return list(map(Record, sequences, subjects, datas, repeat(time_ns), ids, map(tuple, meta.headers)))
+    try:
+        if meta.headers is None:
+            if meta.ids is None:
+                return list(map(Record, sequences, subjects, datas, repeat(time_ns)))
+            return list(map(Record, sequences, subjects, datas, repeat(time_ns), meta.ids))
+        ids = meta.ids or repeat("")
+        return list(map(Record, sequences, subjects, datas, repeat(time_ns), ids, map(tuple, meta.headers)))
+    except IndexError as exc:
+        raise BadBytes("a record names a subject that its block does not have") from exc
 
 
 class Tail(Struct, frozen=True, kw_only=True):
