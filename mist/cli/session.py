@@ -72,7 +72,7 @@ class Session:
         if broker is None:
             if not create and _absent(url):
                 raise NotFound(
-                    f"no log in {url.target or '.'}",
+                    f"no log in {url.target}",
                     hint="publish something to make one, or name another with -u log:DIR",
                 )
             connect = adapter(url.scheme)
@@ -147,7 +147,7 @@ class Session:
 
 def _absent(url: Url) -> bool:
     """Whether opening this URL would make something new on disk."""
-    return url.scheme == "log" and not Path(url.target or ".").is_dir()
+    return url.scheme == "log" and bool(url.target) and not (Path(url.target) / "streams").is_dir()
 
 
 def start(given: dict[str, Any]) -> Session:
