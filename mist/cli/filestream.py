@@ -171,11 +171,9 @@ class FileStream(Stream):
             return 0
         offset, missing = self._offsets[chunk], line - 1 - self._lines[chunk]
         self._file.seek(offset)
-        data = self._file.read(_CHUNK)
-        at = -1
         for _ in range(missing):
-            at = data.index(b"\n", at + 1)
-        return offset + at + 1
+            offset += len(self._file.readline())
+        return offset
 
     def _readline(self, offset: int) -> bytes:
         self._file.seek(offset)

@@ -42,6 +42,7 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _OPS = frozenset({"==", "=", "!=", "<", "<=", ">", ">=", "~", "!~", "contains"})
+_RESERVED = frozenset({"and", "or", "not", "contains"})
 _WORDS = {"true": True, "false": False, "null": None}
 _STEP = re.compile(r"[^.\[\]]+")
 
@@ -236,7 +237,7 @@ class _Parser:
         return self._test()
 
     def _test(self) -> Predicate:
-        if self._at >= len(self._tokens) or self._tokens[self._at].kind != "word":
+        if self._at >= len(self._tokens) or self._tokens[self._at].kind != "word" or self._peek() in _RESERVED:
             raise self._fail("a field name is expected")
         path = split_path(self._peek())
         self._at += 1

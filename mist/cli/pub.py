@@ -16,7 +16,7 @@ from mist.broker.base import Message, Stream
 from mist.cli.options import OptionGroup, Rate, StreamArg
 from mist.cli.render import seq
 from mist.cli.session import Session, current
-from mist.errors import InvalidArgument, MistError, TooLarge
+from mist.errors import InvalidArgument, Malformed, MistError, TooLarge
 from mist.protocol import codec
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.subject import check_subject, subject_for
@@ -52,7 +52,7 @@ async def command(
 ) -> None:
     """Publish to a stream, which is made if it is not there.
 
-    BODY is the payload: JSON where it is JSON, else a JSON string. With --jsonl whole envelopes are read; publishing one
+    BODY is the payload: JSON where it is JSON, else text; what begins with { or [ has to be JSON. With --jsonl whole envelopes are read; publishing one
     again is not an error, it is counted as repeated. The command ends when everything is stored as durably as the
     stream promises.
 
@@ -108,24 +108,26 @@ def _stdin(session: Session) -> BinaryIO:
 
 
 def _payload(data: bytes) -> Raw:
-    """The body as JSON: as it is where it is JSON, else as a string."""
+    """The body as JSON: as it is where it is JSON, else as a string. What begins like an object or array must be one."""
     if len(data) > SIZE_BYTES_MAX:
         raise TooLarge("payload", size_bytes=len(data), size_bytes_max=SIZE_BYTES_MAX)
     body = data.strip()
-    if body:
-        codec.screen(body)
-        try:
-            msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            pass  # not JSON: it is text
-        else:
-            return Raw(body)
     try:
-        return Raw(msgspec.json.encode(data.decode().removesuffix("\n")))
+        text = data.decode()
     except UnicodeDecodeError as exc:
         raise InvalidArgument(
             "the body is neither JSON nor UTF-8 text", hint="encode it, for example with base64"
         ) from exc
+    structured = body[:1] in (b"{", b"[")
+    if structured:
+        codec.screen(body)
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        if structured:
+            raise Malformed(f"the body is no JSON: {exc}", hint="to publish it as text, quote it as a JSON string") from exc
+        return Raw(msgspec.json.encode(text.removesuffix("\n")))
+    return Raw(body)
 
 
 def _message(fields: Fields, payload: Raw, subject: str) -> Message:
