@@ -27,6 +27,7 @@ from mist.log.segments import Block, Gap, Segments
 
 _CHUNK_MIN = 128 * 1024
 _CHUNK_MAX = 1024 * 1024
+_LARGE = 64 * 1024
 _SCAN_BYTES = 32 * 1024 * 1024
 _PLACES = 256
 _RESTS = 8
@@ -42,6 +43,7 @@ class Reader:
         self._files = journal.files
         self._segments = Segments(journal.files, journal.path, journal.segments.seed)
         self._listed = (0, 0)
+        self._large = False  # whether the last block was: the next one is read alone
         # after -> (segment, offset of the block that holds the next record, its chain or None)
         self._places: OrderedDict[int, tuple[int, int]] = OrderedDict()
         # after -> the undelivered records of that block, from the one after `after`, and where the next block starts
@@ -127,7 +129,13 @@ class Reader:
                 fd = self._segments.fd(segment)
                 start = offset
             at = offset - start
-            header = block_header(chunk, at)
+            if self._large:
+                # its own read, of just its bytes: a slice of a chunk would be a copy
+                header = block_header(pread(fd, BLOCK_HEADER, offset))
+                size_now = header.size if header is not None and header.size < 1 << 28 else BLOCK_HEADER
+                chunk, start, at = pread(fd, size_now, offset), offset, 0
+            else:
+                header = block_header(chunk, at)
             if header is None or at + header.size > len(chunk):
                 chunk = pread(fd, max(header.size if header is not None and header.size < 1 << 28 else 0, want), offset)
                 start, at = offset, 0
@@ -150,6 +158,7 @@ class Reader:
                     break  # what is good comes first; the next page starts at the damage
                 raise self._damage(segment, scanned, tail)
             retried = False
+            self._large = header.size > _LARGE
             budget -= header.size
             try:
                 meta = decode_meta(block, header)
