@@ -1,8 +1,8 @@
 """A look at msgpack from outside before it is decoded: depth, keys, number of values, and what has no JSON form.
 
 msgpack can claim four billion elements in five bytes, and one byte may become an object of 64; so the headers are
-walked first, without making anything. Every claimed value needs at least one byte that is there. Costs time per value,
-not per byte. Raises without counting; does not check UTF-8 and trailing bytes, which the decoder does.
+walked first, without making anything, and only as far as there are bytes. Costs time per value, not per byte. Raises
+without counting; does not check UTF-8 and trailing bytes, which the decoder does.
 """
 
 from __future__ import annotations
@@ -78,8 +78,6 @@ def screen_msgpack(
         else:
             raise Malformed(f"envelope: msgpack type 0x{code:02x} has no JSON form")
         if count >= 0:
-            if count > size - at:
-                raise Malformed("envelope: msgpack claims more values than there are bytes")
             if len(left) > depth_max:  # the document itself is the first entry
                 raise TooDeep(f"envelope: nested deeper than {depth_max}", meta={"depth_max": str(depth_max)})
             left.append(count)

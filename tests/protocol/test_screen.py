@@ -94,7 +94,7 @@ TOO_LARGE_NUMBERS = [
 FINE_NUMBERS = [
     "1e308", "1.7976931348623157e308", "-1E+0308", "0e999", "-0.0e400", "1e-400", "1e-99999999999999999999", "9" * 4300,
     "0." + "9" * 5000, "1" + "0" * 300 + ".5", "0.00001e312", "1e-" + "0" * 250 + "5", "-0", "18446744073709551616",
-    "1e+00000000000000000000000001",
+    "1e+00000000000000000000000001", "1e-" + "9" * 5000,
 ]  # fmt: skip
 LARGE = b',"%s"' % (b" " * 1_100_000)  # makes the payload too large to be checked by decoding it
 
@@ -156,6 +156,12 @@ def test_half_a_surrogate_pair_is_called_one(text: str) -> None:
             decode_foreign(data)
 
 
+def test_another_fault_beside_an_escaped_backslash_is_not_called_a_surrogate() -> None:
+    """`\\\\ud800` in a string of a document that is broken elsewhere: malformed, and no more."""
+    with pytest.raises(errors.Malformed):
+        decode_foreign(document('["\\\\ud800", "\\\\\\\\udc00"') + b"x")
+
+
 def test_a_surrogate_written_as_utf8_is_called_one() -> None:
     """The three bytes that some encoders make of it."""
     with pytest.raises(errors.LoneSurrogate):
@@ -172,7 +178,7 @@ def test_whole_pairs_and_escaped_backslashes_pass(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", ['"\x00"', '"\x01"', '"\n"', "01", "1.", ".5", "[1,]", "{,}", '{"a"}', "'a'", "tru", "[1 2]", "\x0b1"]
+    "payload", ['"\x00"', '"\x01"', '"\n"', "01", "1.", ".5", "[1,]", "{,}", '{"a"}', "'a'", "yes", "[1 2]", "\x0b1"]
 )
 def test_what_is_not_json_is_refused_inside_the_payload_too(payload: str) -> None:
     """The payload is not decoded, but its syntax is checked."""
