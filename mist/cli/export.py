@@ -230,7 +230,7 @@ class _Writer:
         self._bytes += len(line)
         self._records += 1
         self._first = self._first or record.sequence
-        self._last = record.sequence
+        self._last = self._position = record.sequence
 
     def at(self, position: int, gaps: list[Gap]) -> None:
         """Everything up to `position` was written; saved every five seconds."""
