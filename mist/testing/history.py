@@ -560,23 +560,23 @@ class Checker:
     ) -> None:  # fmt: skip
         wait_ns = int(config.ack_wait_s * 1e9) - _DEADLINE_NS
         for s, times in handed.items():
-            times.sort()
+            times.sort(key=lambda t: (t[2], t[0]))
             if self._at and s >= self._first and s not in self._at:
                 self._broken("phantom", f"{name}: {s} was delivered and is not in the stream")
             settled = done.get(s)
-            for i, (start, end, attempt) in enumerate(times):
+            for start, _, attempt in times:
                 if settled is not None and start > settled:
                     self._broken("final", f"{name}: {s} was delivered after its ack")
                 if attempt < 1 or (config.attempts_max and attempt > config.attempts_max):
                     self._broken("attempt", f"{name}: {s} was delivered with attempt {attempt}")
-                for before_start, before_end, before in times[:i]:
-                    if before_end < start and before >= attempt:
-                        self._broken("attempt", f"{name}: {s}: attempt {attempt} after attempt {before}")
-                    if before == attempt:
-                        self._broken("attempt", f"{name}: {s} was delivered twice with attempt {attempt}")
-                    # both deadlines were set between start and end of their calls
-                    if end < before_start + wait_ns and not any(before_start < t < end for t in given_back[s]):
-                        self._broken("exclusive", f"{name}: {s} was handed out twice within the ack wait")
+            for (start, _, before), (_, end, attempt) in pairwise(times):
+                if before == attempt:
+                    self._broken("attempt", f"{name}: {s} was delivered twice with attempt {attempt}")
+                elif end < start:
+                    self._broken("attempt", f"{name}: {s}: attempt {attempt} came before attempt {before}")
+                # each deadline was set between start and end of its call
+                elif end < start + wait_ns and not any(start < t < end for t in given_back[s]):
+                    self._broken("exclusive", f"{name}: {s} was handed out twice within the ack wait")
 
     def _check_looks(
         self, name: str, config: Consuming, asked_settled: dict[int, int], buried: set[int],

@@ -16,11 +16,17 @@ Report = Callable[[str], None]
 
 
 class Run(Protocol):
-    def __call__(self, budget_s: float, seed: int, report: Report, /) -> dict[str, Any]: ...
+    """The answer: `reached` (units), `failures`, `kept` (the directory of a failure), `notes`, `counts`, and `whole` where
+    there is an end: the number of units that are all there are."""
+
+    def __call__(
+        self, budget_s: float, seed: int, report: Report, /, *, units: int | None = None
+    ) -> dict[str, Any]: ...
 
 
 class Campaign(NamedTuple):
-    """`ci` and `nightly` are sizes in `unit`; 0 = everything there is, once."""
+    """`ci` and `nightly` are sizes in `unit`; 0 = everything there is, in one run. `longest`: what counts is the longest
+    run, not the sum of all."""
 
     id: str
     what: str
@@ -28,6 +34,7 @@ class Campaign(NamedTuple):
     ci: int
     nightly: int
     run: Run
+    longest: bool = False
 
 
 class Trial:

@@ -21,6 +21,7 @@ from mist.testing.history import Checker, Recorder
 
 from . import recording as rec
 from .campaign import Report, Trial
+from .child import open_sink
 from .processes import Child, ChildFailed, Nursery
 from .writers import SMALL
 
@@ -38,6 +39,7 @@ class _Round:
         self.config = config
         self.rng = rng
         self.sink = folder / "sink.db"
+        open_sink(str(self.sink)).close()  # SQLite cannot be turned to WAL by several at once
         self.common = {"dir": str(folder / "log"), "config": SMALL, "lock_wait_s": 0.3}
         self._worker = worker
 
@@ -146,6 +148,7 @@ def _disturb_workers(trial: Trial, nursery: Nursery, folder: Path, rng: random.R
     r.fill(1000)
     source = r.start("writer", "source", lanes=2, size=(40, 300), batch=20, pause_ms=25)
     ingest = {"sink": str(folder / "ingest.db")}
+    open_sink(ingest["sink"]).close()
     ingester = r.start("ingester", "ingester", **ingest)
     workers = [r.worker(i) for i in range(_WORKERS)]
     asleep: dict[int, float] = {}

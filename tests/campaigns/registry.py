@@ -1,0 +1,51 @@
+"""The campaigns of the embedded log, in the order of docs/explanation/durability.md."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from . import faults
+from .blocks import fuzz_blocks
+from .campaign import Campaign, Report, Run
+from .checkpoints import c08
+from .consumers import c12, c13, soak
+from .full import c06
+from .slow import c14
+from .writers import c01, c07
+
+
+def _simulated(function: Callable[..., dict[str, Any]], key: str) -> Run:
+    """A campaign of faults.py, which raises what broke, as one that returns it."""
+
+    def run(budget_s: float, seed: int, report: Report, *, units: int | None = None) -> dict[str, Any]:
+        out: dict[str, Any] = {"reached": 0, "failures": [], "kept": "", "notes": [], "counts": {}}
+        try:
+            result = function(budget_s, seed, report, cases=units)
+        except Exception:
+            out["failures"].append(traceback.format_exc(limit=-8))
+            return out
+        out["reached"] = result[key]
+        out["whole"] = result.get("of")
+        out["counts"] = {k: v for k, v in result.items() if isinstance(v, int)}
+        return out
+
+    return run
+
+
+CAMPAIGNS: tuple[Campaign, ...] = (
+    Campaign("C01", "kill -9 of writers, 4 producers, group commit", "kills", 20, 1000, c01),
+    Campaign("C02", "simulated power cuts", "crash states", 2000, 100_000, _simulated(faults.c02, "states")),
+    Campaign("C03", "torn tail at every byte of 16 blocks", "cuts", 0, 0, _simulated(faults.c03, "cuts")),
+    Campaign("C06", "really full file system", "rounds", 5, 100, c06),
+    Campaign("C07", "16 processes, one stopped or killed", "rounds", 5, 200, c07),
+    Campaign("C08", "kill while saving checkpoints", "kills", 50, 5000, c08),
+    Campaign("C12", "8 consumers killed and paused", "kills", 20, 1000, c12),
+    Campaign("C13", "1 % poison", "messages", 10_000, 100_000, c13),
+    Campaign("C14", "one consumer 100 times slower", "s in one run", 15, 600, c14, longest=True),
+    Campaign("C19b", "fuzz: the log's bytes", "inputs", 24_000, 10_000_000, fuzz_blocks),
+    Campaign("SOAK", "4 processes share a consumer", "records", 1, 1_000_000, soak),
+)
+
+BY_ID = {c.id: c for c in CAMPAIGNS}
