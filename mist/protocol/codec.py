@@ -140,6 +140,12 @@ def decode_lines(data: bytes, *, foreign: bool = False, size_bytes_max: int = SI
     return out
 
 
+def decode_block(data: bytes, *, size_bytes_max: int = SIZE_BYTES_MAX) -> list[Envelope] | None:
+    """The envelopes of a block of foreign JSON lines, exactly one for each line, or None when some line has to be looked
+    at by itself: it may be bad, or blank. For readers that go on behind a bad line and count lines."""
+    return _block(data, True, size_bytes_max)
+
+
 def _block(data: bytes, foreign: bool, size_bytes_max: int) -> list[Envelope] | None:
     """All envelopes of a block, or None when a line has to be looked at by itself."""
     breaks = data.count(b"\n", 0, -1)

@@ -1,0 +1,1 @@
+"""What a service needs around its work. Imports mist.errors only."""

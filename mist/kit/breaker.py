@@ -1,0 +1,149 @@
+"""A circuit breaker: stop calling what does not work, ask carefully whether it works again.
+
+closed -> open after `failures_max` failures in a row; open -> half-open after `open_s`; half-open lets `probes_max`
+calls through at a time: one success closes, one failure opens again, each time for `factor` times as long up to
+`open_s_max`.
+
+Promises: a call that is cancelled gives its probe back (it counts for nothing, unless it had already taken `slow_s`:
+then something hangs, and it is a failure); a call that began before the state changed does not speak for the new
+state; rejected calls raise CircuitOpen with `retry_after_s`. An error that shows the other side at work (an envelope
+it refuses) is not a failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeVar
+
+from msgspec import Struct
+
+from mist.errors import CircuitOpen, Closed, EndOfStream, InvalidArgument, MistError
+
+T = TypeVar("T")
+State = Literal["closed", "open", "half-open"]
+
+
+class BreakerPolicy(Struct, frozen=True, kw_only=True):
+    failures_max: int = 5
+    open_s: float = 30.0
+    factor: float = 2.0
+    open_s_max: float = 300.0
+    probes_max: int = 1
+    slow_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.failures_max < 1 or self.probes_max < 1 or self.open_s <= 0 or self.factor < 1 or self.slow_s <= 0:
+            raise InvalidArgument(f"breaker policy cannot be right: {self}")
+
+
+class BreakerCounts(Struct, frozen=True):
+    successes: int
+    failures: int
+    rejections: int
+    opened: int
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether an error says that the other side does not work: retryable ones of ours, and every foreign one."""
+    if isinstance(error, EndOfStream | Closed | CircuitOpen):
+        return False
+    return error.retryable if isinstance(error, MistError) else True
+
+
+class Breaker:
+    def __init__(
+        self,
+        name: str,
+        policy: BreakerPolicy | None = None,
+        *,
+        classify: Callable[[Exception], bool] = is_failure,
+        on_change: Callable[[State, State], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self._policy = policy or BreakerPolicy()
+        self._classify = classify
+        self._on_change = on_change
+        self._clock = clock
+        self._state: State = "closed"
+        self._generation = 0
+        self._streak = 0
+        self._probes = 0
+        self._open_until = 0.0
+        self._open_s = self._policy.open_s
+        self._successes = self._failures = self._rejections = self._opened = 0
+
+    @property
+    def state(self) -> State:
+        """As it is now: an open breaker whose time is over is half-open."""
+        if self._state == "open" and self._clock() >= self._open_until:
+            self._change("half-open")
+        return self._state
+
+    @property
+    def counts(self) -> BreakerCounts:
+        return BreakerCounts(self._successes, self._failures, self._rejections, self._opened)
+
+    async def call(self, function: Callable[[], Awaitable[T]]) -> T:
+        """`await function()`, if the breaker lets it through. Raises CircuitOpen otherwise."""
+        state = self.state
+        if state == "open":
+            self._reject(max(0.0, self._open_until - self._clock()))
+        if state == "half-open":
+            if self._probes >= self._policy.probes_max:
+                self._reject(min(1.0, self._policy.open_s))
+            self._probes += 1
+        generation, began = self._generation, self._clock()
+        try:
+            result = await function()
+        except Exception as exc:
+            self._settle(generation, not self._classify(exc))
+            raise
+        except BaseException:
+            slow = self._clock() - began >= self._policy.slow_s
+            self._settle(generation, False if slow else None)
+            raise
+        self._settle(generation, True)
+        return result
+
+    def _reject(self, retry_after_s: float) -> None:
+        self._rejections += 1
+        raise CircuitOpen(
+            f"{self.name}: the circuit is open, too many calls failed", retry_after_s=retry_after_s,
+            hint=f"it is tried again in {retry_after_s:.1f} s",
+        )  # fmt: skip
+
+    def _settle(self, generation: int, worked: bool | None) -> None:
+        """Take a call's outcome in; None = it says nothing."""
+        if worked is not None:
+            self._successes += worked
+            self._failures += not worked
+        if generation != self._generation:
+            return  # it began in another state
+        if self._state == "half-open":
+            self._probes -= 1
+            if worked is True:
+                self._open_s = self._policy.open_s
+                self._change("closed")
+            elif worked is False:
+                self._open_s = min(self._open_s * self._policy.factor, self._policy.open_s_max)
+                self._open()
+        elif worked is True:
+            self._streak = 0
+        elif worked is False:
+            self._streak += 1
+            if self._streak >= self._policy.failures_max:
+                self._open()
+
+    def _open(self) -> None:
+        self._opened += 1
+        self._open_until = self._clock() + self._open_s
+        self._change("open")
+
+    def _change(self, state: State) -> None:
+        before, self._state = self._state, state
+        self._generation += 1
+        self._streak = self._probes = 0
+        if self._on_change is not None:
+            self._on_change(before, state)

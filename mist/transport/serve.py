@@ -1,0 +1,437 @@
+"""Serves `POST /mist`: the door of a stream, or of any function, for envelopes over HTTP.
+
+    async with serve(stream, port=8081) as server: ...
+
+Promises: 202 only after the sink has stored the envelopes where it promises to: for a stream, its durability. One
+envelope is answered with an empty body, as the Go library does (its sequence is in the header `Mist-Sequence`); NDJSON
+and JSON arrays with `{"accepted":n,"first":…,"last":…}`. All of a request or nothing: every line is read and checked
+before the sink sees any. Refusals are the flat error JSON `{"code","message","meta","cause"}`: 400 naming the line, 413
+for what is too large (said before the body is read where the length is stated), 405 with Allow, 404 elsewhere, 415 for
+an encoding we do not read, 408 for a body that does not come, 503 with Retry-After while too many bytes or requests
+are under way or the sink is full. Closing finishes the requests under way.
+
+Does not: authenticate, terminate TLS for the world, route. That is the gateway. `ingest` is a bare ASGI app, no
+framework; `HttpServer` runs it on uvicorn (the extra `server`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import zlib
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from msgspec import Raw, Struct
+
+from mist.broker.base import Message, Stream
+from mist.errors import (
+    Closed,
+    Internal,
+    InvalidArgument,
+    Malformed,
+    MistError,
+    NotFound,
+    Overloaded,
+    ProtocolError,
+    TimedOut,
+    TooLarge,
+    TransportError,
+)
+from mist.protocol import codec
+from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
+from mist.protocol.subject import subject_for
+
+_log = logging.getLogger("mist.transport.serve")
+
+Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | None]]
+"""Stores envelopes; returns when that is done, with their sequences where it has any."""
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_NDJSON = (codec.NDJSON, "application/jsonl", "application/ndjson", "application/jsonlines")
+_INT_SAFE = 2**53
+CLOSE_WAIT_S = 10.0
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """What a request and all of them together may cost. A `body` is counted after decompression."""
+
+    size_bytes_max: int = SIZE_BYTES_MAX
+    body_bytes_max: int = 32 * 1024 * 1024
+    envelopes_max: int = 100_000
+    gzip_ratio_max: int = 100
+    inflight_requests_max: int = 256
+    inflight_bytes_max: int = 128 * 1024 * 1024
+    read_timeout_s: float = 30.0
+    retry_after_s: int = 1
+
+
+class _Answer(Exception):
+    """A status that no error of the tree stands for (404, 405, 408, 415), with the error that says why."""
+
+    def __init__(self, status: int, error: MistError, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        super().__init__(error.message)
+        self.status = status
+        self.error = error
+        self.headers = headers
+
+
+def stream_sink(stream: Stream) -> Sink:
+    """Appends to the stream: subject = type, id = envelope id."""
+
+    async def store(envelopes: list[Envelope]) -> Sequence[int]:
+        return await stream.append([to_message(e) for e in envelopes])
+
+    return store
+
+
+def to_message(envelope: Envelope) -> Message:
+    return Message(subject_for(envelope.type), codec.encode(envelope), envelope.id)
+
+
+def ingest(sink: Stream | Sink, *, path: str = "/mist", limits: Limits | None = None) -> App:
+    """The ASGI app. `sink` is a stream or a coroutine function over a list of envelopes."""
+    store = stream_sink(sink) if isinstance(sink, Stream) else sink
+    return _Ingest(store, path, limits or Limits())
+
+
+class _Ingest:
+    def __init__(self, store: Sink, path: str, limits: Limits) -> None:
+        self._store = store
+        self._path = path
+        self._limits = limits
+        self._requests = 0
+        self._bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            raise Internal(f"a {scope['type']} connection reached an app that speaks HTTP only")
+        try:
+            status, body, headers = await self._answer(scope, receive)
+        except _Gone:
+            return
+        except _Answer as exc:
+            status, body, headers = exc.status, msgspec.json.encode(exc.error.to_wire()), [_TYPE, *exc.headers]
+        except MistError as exc:
+            status, body, headers = self._refuse(exc)
+        except Exception as exc:
+            _log.exception("the sink of POST %s failed", self._path)
+            wire = Internal(f"the server failed: {type(exc).__name__}").to_wire()
+            status, body, headers = 500, msgspec.json.encode(wire), [_TYPE]
+        headers.append((b"content-length", b"%d" % len(body)))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _answer(self, scope: Scope, receive: Receive) -> tuple[int, bytes, _Headers]:
+        if scope["path"] != self._path:
+            raise NotFound(f"nothing is served at {scope['path']}", hint=f"POST {self._path}")
+        if scope["method"] != "POST":
+            error = InvalidArgument(f"{scope['method']} is not served at {self._path}", hint="POST")
+            raise _Answer(405, error, ((b"allow", b"POST"),))
+        limits = self._limits
+        if self._requests >= limits.inflight_requests_max:
+            raise Overloaded(f"{self._requests} requests are under way", retry_after_s=limits.retry_after_s)
+        headers = {bytes(k).lower(): bytes(v) for k, v in scope["headers"]}
+        taken = 0
+        self._requests += 1
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > taken:
+                more = size - taken
+                if self._bytes + more > limits.inflight_bytes_max:
+                    raise Overloaded(f"{self._bytes} bytes are under way", retry_after_s=limits.retry_after_s)
+                self._bytes += more
+                taken = size
+
+        try:
+            content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
+            body = await self._read(headers, receive, take)
+            envelopes, single = _parse(body, content_type, limits)
+            if not envelopes:
+                return 202, b'{"accepted":0}', [_TYPE]
+            sequences = await self._store(envelopes)
+        finally:
+            self._requests -= 1
+            self._bytes -= taken
+        if single:
+            return 202, b"", [(b"mist-sequence", b"%d" % sequences[0])] if sequences else []
+        answer: dict[str, Any] = {"accepted": len(envelopes)}
+        if sequences:
+            answer["first"] = _json_int(sequences[0])
+            answer["last"] = _json_int(sequences[-1])
+        return 202, msgspec.json.encode(answer), [_TYPE]
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive, take: Callable[[int], None]) -> bytes:
+        limits = self._limits
+        most = limits.body_bytes_max
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+        if encoding not in (b"identity", b"", b"gzip", b"x-gzip"):
+            raise _Answer(
+                415, InvalidArgument(f"content-encoding {encoding.decode('latin-1')!r} is not read here", hint="gzip")
+            )
+        stated = headers.get(b"content-length", b"")
+        if stated.isdigit():
+            if int(stated) > most:
+                raise codec.refuse(TooLarge("request body", size_bytes=int(stated), size_bytes_max=most))
+            take(int(stated))
+        inflate = _Inflate(limits) if encoding.endswith(b"gzip") else None
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(limits.read_timeout_s):
+                while True:
+                    event = await receive()
+                    if event["type"] == "http.disconnect":
+                        raise _Gone
+                    chunk = event.get("body", b"")
+                    if chunk:
+                        for part in inflate.feed(chunk) if inflate is not None else (chunk,):
+                            size += len(part)
+                            if size > most:
+                                raise codec.refuse(TooLarge("request body", size_bytes=size, size_bytes_max=most))
+                            take(size)
+                            parts.append(part)
+                    if not event.get("more_body"):
+                        break
+        except TimeoutError:
+            error = TimedOut(f"the body did not arrive within {limits.read_timeout_s} s")
+            raise _Answer(408, error, ((b"connection", b"close"),)) from None
+        if inflate is not None:
+            inflate.finish()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _refuse(self, error: MistError) -> tuple[int, bytes, _Headers]:
+        status = error.http_status
+        headers: _Headers = [_TYPE]
+        if error.code in ("storage_full", "closed"):
+            status = 503  # what the seed's senders know as "full, come back": the code in the body says which
+        if status in (429, 503):
+            wait = error.retry_after_s if error.retry_after_s is not None else self._limits.retry_after_s
+            headers.append((b"retry-after", b"%d" % max(1, round(wait))))
+        if status in (413, 503):
+            headers.append((b"connection", b"close"))  # the rest of the body is not read
+        return status, msgspec.json.encode(error.to_wire()), headers
+
+
+_Headers = list[tuple[bytes, bytes]]
+_TYPE = (b"content-type", b"application/json")
+
+
+class _Gone(Exception):
+    """The client left before its body was complete: nothing was stored and nobody is there to be told."""
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        event = await receive()
+        await send({"type": event["type"] + ".complete"})
+        if event["type"] == "lifespan.shutdown":
+            return
+
+
+def _json_int(sequence: int) -> int | str:
+    return sequence if sequence <= _INT_SAFE else str(sequence)
+
+
+def _parse(body: bytes, content_type: str, limits: Limits) -> tuple[list[Envelope], bool]:
+    """The envelopes of a body, and whether it was a single one. Raises the first error, naming the line."""
+    if content_type in _NDJSON:
+        return _parse_lines(body, limits), False
+    start = body.lstrip(b" \t\r\n")[:1]
+    if start == b"[":
+        return _parse_array(body, limits), False
+    try:
+        return [codec.decode_foreign(body, size_bytes_max=limits.size_bytes_max)], True
+    except Malformed as exc:
+        if body.count(b"\n") and "trailing" in exc.message:
+            exc.hint = f"several envelopes are sent as {codec.NDJSON}"
+        raise
+
+
+def _parse_lines(body: bytes, limits: Limits) -> list[Envelope]:
+    lines = body.count(b"\n") + 1
+    if lines > limits.envelopes_max + 1:
+        raise codec.refuse(TooLarge("request (envelopes)", size_bytes=lines, size_bytes_max=limits.envelopes_max))
+    block = body if body.endswith(b"\n") else body + b"\n"
+    if len(block) <= limits.size_bytes_max:
+        envelopes = codec.decode_block(block)
+        if envelopes is not None:
+            return envelopes
+    out: list[Envelope] = []
+    for number, line in enumerate(block.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            out.append(codec.decode_foreign(line, size_bytes_max=limits.size_bytes_max))
+        except (ProtocolError, TooLarge) as exc:
+            raise _at(exc, "line", number) from None
+    return out
+
+
+def _parse_array(body: bytes, limits: Limits) -> list[Envelope]:
+    try:
+        items = msgspec.json.decode(body, type=list[Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise codec.refuse(Malformed(f"body: {exc}")) from exc
+    if len(items) > limits.envelopes_max:
+        raise codec.refuse(TooLarge("request (envelopes)", size_bytes=len(items), size_bytes_max=limits.envelopes_max))
+    out: list[Envelope] = []
+    for number, item in enumerate(items, 1):
+        try:
+            out.append(codec.decode_foreign(bytes(item), size_bytes_max=limits.size_bytes_max))
+        except (ProtocolError, TooLarge) as exc:
+            raise _at(exc, "item", number) from None
+    return out
+
+
+def _at(error: MistError, what: str, number: int) -> MistError:
+    error.meta[what] = str(number)
+    error.message = f"{what} {number}: {error.message}"
+    error.args = (error.message,)
+    return error
+
+
+class _Inflate:
+    """gzip, piece by piece, giving up where a small body would become a large one."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._stream = zlib.decompressobj(wbits=31)
+        self._in = 0
+        self._out = 0
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        self._in += len(chunk)
+        while chunk:
+            if self._stream.eof:  # a file of several members, as `cat a.gz b.gz` makes it
+                self._stream = zlib.decompressobj(wbits=31)
+            try:
+                part = self._stream.decompress(chunk, 256 * 1024)
+            except zlib.error as exc:
+                raise codec.refuse(Malformed(f"body is not gzip: {exc}")) from exc
+            chunk = self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
+            self._out += len(part)
+            most = self._limits.gzip_ratio_max * max(self._in, 1024)
+            if self._out > most:
+                raise codec.refuse(TooLarge("request body (inflated)", size_bytes=self._out, size_bytes_max=most))
+            if part:
+                yield part
+
+    def finish(self) -> None:
+        if not self._stream.eof:
+            raise codec.refuse(Malformed("body: the gzip data ends early"))
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`host:port` or `:port` or `[v6]:port`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise InvalidArgument(f"listen={text!r} is not an address", hint="for example 127.0.0.1:8081")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+class HttpServer:
+    """`ingest` on uvicorn, in the running event loop. Port 0 takes a free one; `url` says which."""
+
+    def __init__(
+        self,
+        sink: Stream | Sink,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        path: str = "/mist",
+        limits: Limits | None = None,
+        size_bytes_max: int = 0,
+    ) -> None:
+        limits = limits or Limits()
+        if size_bytes_max:
+            limits = msgspec.structs.replace(limits, size_bytes_max=size_bytes_max)
+        self.url = ""
+        self._app = ingest(sink, path=path, limits=limits)
+        self._host = host
+        self._port = port
+        self._path = path
+        self._server: Any = None
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Raises TransportError when the address is taken."""
+        if self._closed:
+            raise Closed("the server is closed")
+        if self._task is not None:
+            return
+        uvicorn = _uvicorn()
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        try:
+            listener = socket.create_server((self._host, self._port), family=family, backlog=1024)
+        except OSError as exc:
+            raise TransportError(f"cannot listen on {self._host}:{self._port}: {exc.strerror or exc}") from exc
+        port = listener.getsockname()[1]
+        host = f"[{self._host}]" if family == socket.AF_INET6 else self._host
+        config = uvicorn.Config(
+            self._app, log_config=None, access_log=False, lifespan="off", ws="none", proxy_headers=False,
+            server_header=False, timeout_graceful_shutdown=int(CLOSE_WAIT_S),
+        )  # fmt: skip
+
+        class Quiet(uvicorn.Server):  # type: ignore[misc, name-defined]
+            """A server inside somebody's program: signals are that program's business."""
+
+            @contextlib.contextmanager
+            def capture_signals(self) -> Iterator[None]:
+                yield
+
+        self._server = Quiet(config)
+        self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
+        while not self._server.started:
+            if self._task.done():
+                listener.close()
+                self._task.result()
+                raise TransportError(f"the server on {host}:{port} did not start")
+            await asyncio.sleep(0)
+        self.url = f"http://{host}:{port}{self._path}"
+
+    async def close(self) -> None:
+        """Idempotent. Takes no new connection, answers the requests under way (10 s at most)."""
+        self._closed = True
+        if self._task is not None:
+            self._server.should_exit = True
+            task, self._task = self._task, None
+            await task
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def serve(
+    sink: Stream | Sink, *, host: str = "127.0.0.1", port: int = 0, path: str = "/mist", limits: Limits | None = None
+) -> HttpServer:
+    """A server for `async with`: `POST path` stores into `sink`."""
+    return HttpServer(sink, host=host, port=port, path=path, limits=limits)
+
+
+def _uvicorn() -> Any:
+    try:
+        import uvicorn
+    except ImportError as exc:
+        raise InvalidArgument(
+            "serving http needs a package that is not installed (uvicorn)", hint="pip install 'mist-stack[server]'"
+        ) from exc
+    return uvicorn
