@@ -125,6 +125,20 @@ class TransportConformance:
             out += await receiver.receive_many(min(limit, count - len(out)))
         return out
 
+    @staticmethod
+    async def send_and_close(sender: Transport, envelopes: list[Envelope]) -> None:
+        await sender.send_many(envelopes)
+        await sender.close()
+
+    async def until_closed(self, sender: Transport, receiver: Transport, envelopes: list[Envelope]) -> list[Envelope]:
+        """Send them and close; receive as many, before or after that as the bound allows."""
+        producer = asyncio.create_task(self.send_and_close(sender, envelopes))
+        if not 0 < self.bounded < len(envelopes):
+            await producer
+        got = await self.collect(receiver, len(envelopes))
+        await producer
+        return got
+
     async def exchange(self, sender: Transport, receiver: Transport, envelopes: list[Envelope]) -> list[Envelope]:
         """Send them at once and receive as many, at the same time where receiving waits."""
         if not self.waits:
@@ -143,9 +157,16 @@ class TransportConformance:
         async def case() -> None:
             async with self.connect(tmp_path) as (sender, receiver):
                 sent = [envelope(i) for i in range(20)]
-                for e in sent:
-                    await sender.send(e)
+
+                async def produce() -> None:
+                    for e in sent:
+                        await sender.send(e)
+
+                producer = asyncio.create_task(produce())
+                if not self.waits:
+                    await producer
                 assert [await receiver.receive() for _ in sent] == sent
+                await producer
 
         self.run(case())
 
@@ -325,10 +346,8 @@ class TransportConformance:
                     try:
                         got.append((await waiting).data()["n"])
                     except asyncio.CancelledError:
-                        pass
+                        got.append((await receiver.receive()).data()["n"])
                     await sending
-                while len(got) < 60:
-                    got.append((await receiver.receive()).data()["n"])
             assert got == list(range(60))
 
         self.run(case())
@@ -410,9 +429,8 @@ class TransportConformance:
 
         async def case() -> None:
             async with self.connect(tmp_path) as (sender, receiver):
-                await sender.send_many([envelope(i) for i in range(5)])
-                await sender.close()
-                assert [e.data()["n"] for e in await self.collect(receiver, 5)] == list(range(5))
+                got = await self.until_closed(sender, receiver, [envelope(i) for i in range(5)])
+                assert [e.data()["n"] for e in got] == list(range(5))
                 for _ in range(2):
                     with pytest.raises(EndOfStream):
                         await receiver.receive()
@@ -428,9 +446,11 @@ class TransportConformance:
 
         async def case() -> None:
             async with self.connect(tmp_path) as (sender, receiver):
-                await sender.send_many([envelope(i) for i in range(30)])
-                await sender.close()
+                producer = asyncio.create_task(self.send_and_close(sender, [envelope(i) for i in range(30)]))
+                if not self.waits:
+                    await producer
                 assert [e.data()["n"] async for e in receiver] == list(range(30))
+                await producer
 
         self.run(case())
 

@@ -18,6 +18,7 @@ Needs the extra `client` (httpx) for sending and `server` (uvicorn) for receivin
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode, urlsplit
@@ -127,9 +128,13 @@ class HttpTransport(Transport):
         self._inbox_size = inbox_size
         self._server: HttpServer | None = None
         self._closed = False
+        self._under_way = 0
+        self._idle: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
         """Begin to listen, where the URL asks for it. `dial` has done this."""
+        if self._target and self._client is None:
+            _httpx()  # a missing package is better known now than at the first send
         if not self._listen:
             return
         from mist.transport.serve import HttpServer, parse_address
@@ -204,6 +209,15 @@ class HttpTransport(Transport):
         return out
 
     async def _post(self, body: bytes, headers: dict[str, str], envelopes: Sequence[Envelope]) -> None:
+        self._under_way += 1
+        try:
+            await self._request(body, headers, envelopes)
+        finally:
+            self._under_way -= 1
+            if not self._under_way and self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
+
+    async def _request(self, body: bytes, headers: dict[str, str], envelopes: Sequence[Envelope]) -> None:
         if not self._target:
             raise Unsupported("send", "http", hint="the URL names nobody to post to: http://host?listen=…")
         httpx = _httpx()
@@ -240,10 +254,6 @@ class HttpTransport(Transport):
             ) from exc
         except httpx.HTTPError as exc:
             raise TransportError(f"{self.url}: {exc}") from exc
-        except RuntimeError as exc:
-            if self._closed:  # httpx says so when its client is closed under a request
-                raise closed_error(self.url) from exc
-            raise
         if not 200 <= status < 300:
             raise error_for(status, said, got, self.url)
 
@@ -260,8 +270,7 @@ class HttpTransport(Transport):
         return await self._inbox.get_many(limit, wait_s)
 
     async def close(self) -> None:
-        """Stops listening first: every sender that was told 202 is answered before, and what was accepted but not
-        received is gone with this end."""
+        """Finishes the requests under way, both ways. What was accepted by listening and not received is gone."""
         if self._closed:
             return
         self._closed = True
@@ -270,6 +279,9 @@ class HttpTransport(Transport):
         if self._inbox is not None:
             self._inbox.end()
             self._inbox.abandon()
+        if self._under_way:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle  # each has its time limits
         if self._client is not None and self._own_client:
             await self._client.aclose()
 
