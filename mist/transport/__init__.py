@@ -18,7 +18,7 @@ from mist.transport.base import Transport
 
 if TYPE_CHECKING:
     from mist.transport.chan import pair
-    from mist.transport.serve import serve
+    from mist.transport.server import serve
 
 _SCHEMES = {
     "file": "mist.transport.file",
@@ -65,7 +65,7 @@ class dial:
 
 def __getattr__(name: str) -> Any:
     if name == "serve":
-        from mist.transport.serve import serve
+        from mist.transport.server import serve
 
         return serve
     if name == "pair":

@@ -45,7 +45,7 @@ from mist.transport.base import RECEIVE_LIMIT, Transport, check_limit, closed_er
 if TYPE_CHECKING:
     import httpx
 
-    from mist.transport.serve import HttpServer
+    from mist.transport.server import HttpServer
 
 TIMEOUT_S = 10.0
 BATCH_ENVELOPES_MAX = 1000
@@ -137,7 +137,7 @@ class HttpTransport(Transport):
             _httpx()  # a missing package is better known now than at the first send
         if not self._listen:
             return
-        from mist.transport.serve import HttpServer, parse_address
+        from mist.transport.server import HttpServer, parse_address
 
         host, port = parse_address(self._listen)
         self._inbox = Queue(self._inbox_size, self.url)

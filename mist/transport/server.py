@@ -46,7 +46,7 @@ from mist.protocol import codec
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.subject import subject_for
 
-_log = logging.getLogger("mist.transport.serve")
+_log = logging.getLogger("mist.transport.server")
 
 Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | None]]
 """Stores envelopes; returns when that is done, with their sequences where it has any."""
