@@ -382,14 +382,14 @@ class FileTransport(Transport):
 
 def _parse_start(text: str) -> int | Position:
     """How many lines to pass over: `start`, `N` (line N is the first), `+N` (line N is the last passed), `end` (-1)."""
-    text = text.strip()
+    plus = text.startswith(("+", " "))  # a + in a query means a space to everybody else
+    after = text[1:] if plus else text
     if text in ("", "start"):
         return Position()
     if text == "end":
         return -1
-    after = text.removeprefix("+")
     if after.isascii() and after.isdigit():
-        passed = int(after) if text.startswith("+") else max(int(after) - 1, 0)
+        passed = int(after) if plus else max(int(after) - 1, 0)
         return passed or Position()
     raise InvalidArgument(f"file: from={text!r} is not a position", hint="start, end, N (line N) or +N (after line N)")
 
