@@ -22,7 +22,7 @@ class Counters:
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._lock = threading.Lock()
 
-    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+    def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
         if amount < 0 or not math.isfinite(amount):
             raise InvalidArgument(f"counter {name}: cannot add {amount}")
         key = (name, tuple(sorted(labels.items())))
@@ -32,7 +32,7 @@ class Counters:
                 return
             self._values[key] = self._values.get(key, 0) + amount
 
-    def get(self, name: str, **labels: str) -> float:
+    def get(self, name: str, /, **labels: str) -> float:
         """One series; 0 when nothing was counted."""
         with self._lock:
             return self._values.get((name, tuple(sorted(labels.items()))), 0)

@@ -216,7 +216,11 @@ def test_go_posts_are_refused_when_full(gopeer: str) -> None:
     async def case() -> tuple[int | None, bytes]:
         async with dial("http:?listen=127.0.0.1:0", inbox_size=2) as t:
             child = await asyncio.create_subprocess_exec(
-                gopeer, "write", t.listening, "3", stderr=subprocess.PIPE  # type: ignore[attr-defined]
+                gopeer,
+                "write",
+                t.listening,
+                "3",
+                stderr=subprocess.PIPE,  # type: ignore[attr-defined]
             )
             _, said = await child.communicate()
             assert len(await t.receive_many(5)) == 2

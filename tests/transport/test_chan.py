@@ -154,8 +154,7 @@ def test_ends_in_two_threads() -> None:
     def consume() -> None:
         async def case() -> None:
             async with b:
-                async for e in b:
-                    got.append(e.data()["n"])
+                got.extend([e.data()["n"] async for e in b])
 
         asyncio.run(case())
 

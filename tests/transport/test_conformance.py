@@ -15,6 +15,12 @@ from mist.transport.http import HttpTransport
 from mist.transport.middleware import Breaking, Counting, Retrying
 from mist.transport.stream import StreamTransport
 
+
+def append(path: str, data: bytes) -> None:
+    with open(path, "ab") as f:
+        f.write(data)
+
+
 Ends = AsyncIterator[tuple[Transport, Transport]]
 
 
@@ -61,8 +67,7 @@ class TestFile(TransportConformance):
             yield sender, receiver
 
     async def inject(self, sender: Transport, receiver: Transport, data: bytes) -> None:
-        with open(receiver.path, "ab") as f:  # type: ignore[attr-defined]
-            f.write(data + b"\n")
+        append(receiver.path, data + b"\n")  # type: ignore[attr-defined]
 
 
 class TestFileFollowed(TestFile):

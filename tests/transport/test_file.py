@@ -37,6 +37,11 @@ async def write(path: Path, numbers: range) -> None:
         await t.send_many([envelope(i) for i in numbers])
 
 
+def append(path: Path, data: bytes) -> None:
+    with open(path, "ab") as f:
+        f.write(data)
+
+
 async def read(url: str, **options: Any) -> list[int]:
     async with dial(url, **options) as t:
         return [e.data()["n"] async for e in t]
@@ -144,8 +149,7 @@ def test_follower_survives_a_repair(tmp_path: Path) -> None:
     async def case() -> list[int]:
         async with dial(f"file:{path}?follow=1") as t:
             got = [(await t.receive()).data()["n"]]
-            with open(path, "ab") as f:
-                f.write(codec.encode(envelope(8))[:30])
+            append(path, codec.encode(envelope(8))[:30])
             assert await t.receive_many(5, wait_s=0.05) == []
             await write(path, range(1, 4))
             got += [(await t.receive()).data()["n"] for _ in range(3)]
@@ -219,7 +223,15 @@ def test_late_lines_are_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("start", "wanted"),
-    [("start", [0, 1, 2, 3, 4]), ("1", [0, 1, 2, 3, 4]), ("3", [2, 3, 4]), ("+3", [3, 4]), ("+5", []), ("end", []), ("6", [])],
+    [
+        ("start", [0, 1, 2, 3, 4]),
+        ("1", [0, 1, 2, 3, 4]),
+        ("3", [2, 3, 4]),
+        ("+3", [3, 4]),
+        ("+5", []),
+        ("end", []),
+        ("6", []),
+    ],
 )
 def test_from(tmp_path: Path, start: str, wanted: list[int]) -> None:
     """`from=` takes start, end, N and +N; the blank line counts as a line of its own in none of them."""

@@ -16,7 +16,6 @@ from conftest import run
 from mist.errors import EndOfStream, Locked, Malformed, TransportError
 from mist.protocol import codec
 from mist.testing.transports import envelope
-from mist.transport import dial
 from mist.transport.stdio import StdioTransport
 
 RELAY = """
