@@ -5,6 +5,7 @@ of another stream, or one that lies inside a payload, never passes for a block o
 
 segment  header of 4096 bytes, then blocks one behind the other, then zeros
 block    44-byte header, meta (msgpack: subjects, subject of each record, ids, headers), data (msgpack list of payloads)
+trim     two halves of 512 bytes, written in turn: the first sequence that is kept
 tail     one page: what is published, and the durable mark
 index    slot k (24 bytes): the first block that starts in the k-th 64 KiB of the segment; a cache
 """
@@ -39,6 +40,9 @@ _INDEX = struct.Struct("<QQQ")
 INDEX_ENTRY = _INDEX.size
 _TAIL = struct.Struct("<8sIIQ16sQQQQQQQQQQQQQI")
 TAIL_BYTES = _TAIL.size
+TRIM_MAGIC = b"MISTTRIM"
+TRIM_BYTES = 1024
+_TRIM = struct.Struct("<8sQQ")
 
 BLOCK_RECORDS_MAX = 65_535
 BLOCK_DATA_MAX = 16 * 1024 * 1024
@@ -196,7 +200,7 @@ def decode_meta(block: bytes, header: BlockHeader) -> Meta:
     """The meta part of a block; `block` may end behind it. Raises BadBytes."""
     try:
         meta = Meta(*_decode_meta(memoryview(block)[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]))
-    except (msgspec.DecodeError, UnicodeDecodeError, MemoryError) as exc:  # the last: a length that nothing follows
+    except (ValueError, MemoryError) as exc:  # the last: a length that nothing follows
         raise BadBytes(f"block meta cannot be read: {exc!r}") from exc
     count, subjects = header.records, len(meta.subjects)
     which = 0 if subjects == 1 else count if subjects <= 256 else 2 * count
@@ -215,7 +219,7 @@ def decode_records(block: bytes, header: BlockHeader, meta: Meta) -> list[Record
     start = BLOCK_HEADER + header.meta_len
     try:
         datas = _decode_payloads(memoryview(block)[start : start + header.data_len])
-    except (msgspec.DecodeError, MemoryError) as exc:
+    except (ValueError, MemoryError) as exc:
         raise BadBytes(f"block data cannot be read: {exc!r}") from exc
     if len(datas) != header.records:
         raise BadBytes(f"{len(datas)} payloads in a block of {header.records} records")
@@ -295,4 +299,22 @@ def decode_index(data: bytes) -> list[tuple[int, int, int]]:
         if sequence > last and offset >= SEGMENT_HEADER:
             out.append((sequence, time_ns, offset))
             last = sequence
+    return out
+
+
+def encode_trim(count: int, first: int) -> bytes:
+    """One half of the trim mark: the newer one, by `count`, says which sequence is the first kept."""
+    body = _TRIM.pack(TRIM_MAGIC, count, first)
+    return body + struct.pack("<I", crc32c(body))
+
+
+def decode_trim(data: bytes) -> list[tuple[int, int]]:
+    """(count, first) of every good half, in no order."""
+    out = []
+    for at in (0, TRIM_BYTES // 2):
+        half = data[at : at + _TRIM.size + 4]
+        if len(half) == _TRIM.size + 4 and crc32c(half[:-4]) == int.from_bytes(half[-4:], "little"):
+            magic, count, first = _TRIM.unpack_from(half)
+            if magic == TRIM_MAGIC:
+                out.append((count, first))
     return out

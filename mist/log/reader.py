@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from mist.broker.base import Page, Record
-from mist.errors import CursorAhead, DataLoss, MistError, NotFound, SequenceExpired, Unavailable
+from mist.errors import CursorAhead, DataLoss, NotFound, SequenceExpired, Unavailable
 from mist.log.format import (
     BLOCK_HEADER,
     SEGMENT_HEADER,
@@ -120,6 +120,7 @@ class Reader:
         want = _CHUNK_MIN
         budget = _SCAN_BYTES
         retried = False
+        looked: tuple[int, int] | None = None
         pread = self._files.pread
         seed = self._segments.seed
         while scanned < mark and len(out) < limit and budget > 0:
@@ -156,7 +157,14 @@ class Reader:
                     continue
                 if out:
                     break  # what is good comes first; the next page starts at the damage
-                raise self._damage(segment, scanned, tail)
+                if (segment, offset) == looked:
+                    raise Unavailable(
+                        f"stream {self._journal.name}: record {scanned + 1} cannot be read", retryable=True
+                    )
+                # raises DataLoss, or finds it elsewhere: a damaged header before it led us here
+                segment, offset = looked = self._elsewhere(segment, scanned, tail)
+                fd, start, retried = self._segments.fd(segment), offset, False
+                continue
             retried = False
             self._large = header.size > _LARGE
             budget -= header.size
@@ -224,6 +232,10 @@ class Reader:
         return segment, self._find_carefully(segment, sequence, mark)
 
     def _find_carefully(self, segment: int, sequence: int, mark: int) -> int:
+        if sequence < segment:  # the segment before this one is gone
+            raise DataLoss(
+                first=sequence, last=segment - 1, resume_after=segment - 1, stream=self._journal.name, why="missing"
+            )
         for item in self._segments.walk(segment, mark=mark):
             if isinstance(item, Block) and item.header.base <= sequence <= item.header.last:
                 return item.offset
@@ -233,17 +245,11 @@ class Reader:
                 )
         raise DataLoss(first=sequence, last=mark, resume_after=mark, stream=self._journal.name, why="missing")
 
-    def _damage(self, segment: int, scanned: int, tail: Tail) -> MistError:
-        """What to say about the record after `scanned`, which is not where it should be."""
+    def _elsewhere(self, segment: int, scanned: int, tail: Tail) -> tuple[int, int]:
+        """Where the record after `scanned` is, which is not where it should be. Raises DataLoss when it is nowhere."""
         self._forget()
         self._refresh(tail)
-        try:
-            offset = self._find_carefully(segment, scanned + 1, tail.durable)
-        except DataLoss as exc:
-            return exc
-        # the careful walk finds it: our place was stale (cannot happen with an unchanged file), go there next time
-        self._remember_place(scanned, segment, offset)
-        return Unavailable(f"stream {self._journal.name}: record {scanned + 1} moved while it was read", retryable=True)
+        return segment, self._find_carefully(segment, scanned + 1, tail.durable)
 
     def locate(self, time_ns: int) -> int:
         """The first kept sequence whose block time is >= time_ns; last + 1 when there is none."""
@@ -255,8 +261,8 @@ class Reader:
         low, high = 0, len(bases) - 1
         while low < high:  # the last segment whose first block is older
             middle = (low + high + 1) // 2
-            head = block_header(self._files.pread(self._segments.fd(bases[middle]), BLOCK_HEADER, SEGMENT_HEADER))
-            if head is None or head.base > tail.durable or head.time_ns >= time_ns:
+            head = self._segments.block(bases[middle], SEGMENT_HEADER)
+            if head is None or head.header.base > tail.durable or head.header.time_ns >= time_ns:
                 high = middle - 1
             else:
                 low = middle
@@ -273,9 +279,15 @@ class Reader:
         out: list[tuple[int, int, int, list[str] | None]] = []
         if after >= tail.durable:
             return out
-        segment, offset = self._places.get(after) or self._find(after + 1, tail.durable)
-        chunk, start = b"", offset
         expected = 0
+        try:
+            segment, offset = self._places.get(after) or self._find(after + 1, tail.durable)
+        except DataLoss:  # it begins in damage, which must not stop a writer: go on behind
+            segment, offset, expected = self._segments.holding(after + 1), SEGMENT_HEADER, after + 1
+            behind = self._gap_after(segment, after + 1, tail.durable)
+            if behind is not None:
+                offset, expected = behind
+        chunk, start = b"", offset
         while expected <= tail.durable:
             following = self._segments.next_base(segment)
             if following is not None and expected >= following:
@@ -291,7 +303,10 @@ class Reader:
             if header is None or (expected and header.base != expected) or header.last > tail.durable:
                 gap = self._gap_after(segment, expected or after + 1, tail.durable)
                 if gap is None:
-                    return out
+                    following = self._segments.next_base(segment)
+                    if following is None:
+                        return out
+                    segment, gap = following, (SEGMENT_HEADER, following)
                 offset, expected, chunk = gap[0], gap[1], b""
                 start = offset
                 continue

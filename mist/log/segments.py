@@ -27,6 +27,7 @@ from mist.log.format import (
 
 SEGMENT = ".seg"
 INDEX = ".idx"
+_NAME_CHARS = 20 + len(SEGMENT)
 _FDS_MAX = 128
 _CHUNK = 64 * 1024
 
@@ -68,9 +69,8 @@ class Segments:
     def refresh(self) -> list[int]:
         """Base sequences of all segment files, ascending; other files are ignored."""
         names = self.files.listdir(self.path)
-        self.bases = sorted(
-            int(n[: -len(SEGMENT)]) for n in names if n.endswith(SEGMENT) and n[: -len(SEGMENT)].isdigit()
-        )
+        bases = [int(n[:20]) for n in names if len(n) == _NAME_CHARS and n.endswith(SEGMENT) and n[:20].isdecimal()]
+        self.bases = sorted(b for b in bases if b > 0)
         for base in [b for b in self._fds if b not in self.bases]:
             self.forget(base)
         return self.bases
@@ -149,8 +149,8 @@ class Segments:
             entries = self.index(base, fresh=True)
         at = bisect_right(entries, target, key=lambda e: e[key]) - 1
         while at >= 0:
-            found = self.block(base, entries[at][2])
-            if found is not None and found.header.base == entries[at][0]:
+            found = self.block(base, entries[at][2]) if entries[at][key] <= target else None
+            if found is not None and (found.header.base, found.header.time_ns) == entries[at][:2]:
                 return found.offset
             at -= 1
         return SEGMENT_HEADER
@@ -195,8 +195,9 @@ class Segments:
             if found is not None:
                 h = found.header
                 if expected is None or (h.base == expected and (chain is None or h.chain == chain)):
-                    if h.last > stop:
-                        return  # a leftover behind what was published or superseded
+                    if h.last > stop:  # it reaches over into what was published elsewhere: not the block that was here
+                        yield Gap(offset, size, expected or h.base, stop, "replaced by another block")
+                        return
                     yield found
                     offset, expected, chain = offset + h.size, h.last + 1, h.crc
                     continue
@@ -222,9 +223,13 @@ class Segments:
                 return None
             at = chunk.find(BLOCK_MAGIC)
             while at >= 0:
-                found = self.block(base, offset + at)
-                if found is not None and expected <= found.header.base and found.header.last <= stop:
-                    return found
+                near = block_header(chunk, at) if at + BLOCK_HEADER <= len(chunk) else None
+                if at + BLOCK_HEADER > len(chunk) or (
+                    near is not None and expected <= near.base and near.last <= stop and offset + at + near.size <= size
+                ):
+                    found = self.block(base, offset + at)
+                    if found is not None and expected <= found.header.base and found.header.last <= stop:
+                        return found
                 at = chunk.find(BLOCK_MAGIC, at + 1)
             offset += max(len(chunk) - len(BLOCK_MAGIC) + 1, 1)
         return None
