@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import msgspec
 from msgspec.structs import replace
 
 from mist.broker.base import DEFAULTS, Damage, StreamConfig, Verification
@@ -35,6 +34,7 @@ from mist.log.format import (
     INDEX_EVERY,
     SEGMENT_HEADER,
     TAIL_BYTES,
+    TRIM_BYTES,
     BadBytes,
     Columns,
     SegmentHeader,
@@ -42,19 +42,23 @@ from mist.log.format import (
     block_header,
     decode_segment_header,
     decode_tail,
+    decode_trim,
     encode_block,
     encode_index_entry,
     encode_segment_header,
     encode_tail,
+    encode_trim,
     seed_of,
 )
 from mist.log.reserve import Reserve
 from mist.log.segments import INDEX, Block, Gap, Segments, segment_name
+from mist.log.segments import INDEX, SEGMENT, Block, Gap, Segments, segment_name
 
 _LOCK_WORDS = struct.Struct("<QQQ")  # generation being made, poisoned segment's base, pid of the last holder
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 LOG_DEFAULTS = replace(DEFAULTS, durability="power")
 QUARANTINE = "quarantine"
+TRIM = "trim"
 NEW = ".new-"
 _RESERVE_MIN = 1024 * 1024
 _COPY_BYTES = 1024 * 1024
@@ -140,6 +144,7 @@ class Journal:
             config=config,
         )  # fmt: skip
         _make_segment(files, path, header)
+        _make_file(files, os.path.join(path, TRIM), encode_trim(0, 1).ljust(TRIM_BYTES, b"\0"))
         files.sync_dir(path)
         try:
             files.rename(path, os.path.join(streams, name))
@@ -185,12 +190,15 @@ class Journal:
 
     def published(self) -> Tail | None:
         """The tail page as it is now, without the lock; None when it is absent, torn, of another boot or a copy."""
-        for _ in range(3):  # a read may meet a write half way; the page's checksum tells
-            tail = decode_tail(self.files.pread(self._tail_fd, TAIL_BYTES, 0))
-            if tail is not None:
-                break
-        else:
-            return None
+        try:
+            for _ in range(3):  # a read may meet a write half way; the page's checksum tells
+                tail = decode_tail(self.files.pread(self._tail_fd, TAIL_BYTES, 0))
+                if tail is not None:
+                    break
+            else:
+                return None
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: tail page") from exc
         ours = tail.boot == self.boot and (tail.device, tail.inode) == self.identity
         return tail if ours else None
 
@@ -214,6 +222,12 @@ class Journal:
     def try_lock(self) -> bool:
         return self.files.lock(self._lock_fd, wait=False)
 
+    def _try_lock(self) -> bool:
+        try:
+            return self.try_lock()
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: lock") from exc
+
     def wait_lock(self) -> None:
         self.files.lock(self._lock_fd, wait=True)
 
@@ -225,7 +239,7 @@ class Journal:
         """The lock, and a tail that is true. Raises Locked, NotFound, StorageFull or Unavailable."""
         until = time.monotonic() + wait_s
         pause = 0.0005
-        while not self.try_lock():
+        while not self._try_lock():
             if time.monotonic() > until:
                 raise Locked(
                     f"stream {self.name}: process {self.holder()} has held the lock for {wait_s:g} s",
@@ -242,9 +256,9 @@ class Journal:
     def enter(self) -> None:
         """Under lock: make `tail` true, recovering what a dead holder or a reboot left."""
         tail = self.published()
-        words = self.files.pread(self._lock_fd, _LOCK_WORDS.size, 0)
-        dirty, poisoned, _ = _LOCK_WORDS.unpack(words) if len(words) == _LOCK_WORDS.size else (0, 0, 0)
         try:
+            words = self.files.pread(self._lock_fd, _LOCK_WORDS.size, 0)
+            dirty, poisoned, _ = _LOCK_WORDS.unpack(words) if len(words) == _LOCK_WORDS.size else (0, 0, 0)
             if tail is None:
                 self._recover_all()
             elif dirty > tail.generation:
@@ -253,6 +267,7 @@ class Journal:
             else:
                 self.tail = tail
         except OSError as exc:
+            self.segments.close()  # what is there now may be replaced before we look again
             raise storage_error(exc, f"stream {self.name}: recovery") from exc
         if self.tail.deleted:
             raise NotFound(f"stream {self.name} was deleted")
@@ -263,7 +278,12 @@ class Journal:
         tail = self.published()
         if tail is not None:
             return tail
-        other = Journal(self.files, self.clock, self.path, self.boot)
+        try:
+            other = Journal(self.files, self.clock, self.path, self.boot)
+        except FileNotFoundError as exc:
+            raise NotFound(f"stream {self.name} was deleted") from exc
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}") from exc
         try:
             with other.locked():
                 return other.tail
@@ -318,7 +338,7 @@ class Journal:
             # the block is stored but not published: the next holder adopts it
             raise Ambiguous(f"stream {self.name}: publishing failed, {exc.strerror or exc}") from exc
         if new.first_segment != tail.first_segment:
-            self._remove_segments(new.first_segment)
+            self._let_go(new)
         return base
 
     @property
@@ -497,7 +517,6 @@ class Journal:
         if old is not None and (old.device, old.inode) != self.identity:
             old = None  # a copy; it may show several instants
         shown = old.durable if old is not None else 0
-        lowest = bases[0] if bases else 1
         found: _End | None = None
         while bases and found is None:
             last = bases[-1]
@@ -519,8 +538,6 @@ class Journal:
         for base in reversed(self.segments.bases[:-1]):
             time_ns = time_ns or self._last_time(base)
         first = max(self._read_trim(), old.first if old is not None else 1)
-        if self._limited:
-            first = max(first, lowest)  # below it, retention let go without a mark
         durable = max(found.durable, shown)
         tail = Tail(
             generation=(old.generation if old is not None else 0) + 1, boot=self.boot, device=self.identity[0],
@@ -539,7 +556,7 @@ class Journal:
             tail = self._retained(tail, self.clock.time_ns())
         self._publish(tail)
         self._set_dirty(0)
-        self._remove_segments(self.tail.first_segment)
+        self._let_go(self.tail)
 
     def _end_of(self, base: int) -> _End:
         """Where a segment's good blocks end, searched from its last index entry on."""
@@ -632,25 +649,44 @@ class Journal:
         if before <= tail.first:
             return 0
         try:
-            self._write_trim(before)
             new = self._placed(tail, before)
-            self._set_dirty(1)
-            self._publish(new)
-            self._remove_segments(new.first_segment)
+            self._write_trim(before)
         except OSError as exc:
             raise storage_error(exc, f"stream {self.name}: trim") from exc
+        try:
+            self._set_dirty(1)
+            self._publish(new)
+        except OSError as exc:
+            raise Ambiguous(
+                f"stream {self.name}: trimmed on disk, but that could not be published: {exc.strerror or exc}",
+                hint="trim again",
+            ) from exc
+        self._remove_segments(new.first_segment)
         return before - tail.first
 
     def expire(self) -> None:
         """Under lock: let go what the age limit says."""
-        new = self._retained(self.tail, self.clock.time_ns())
-        if new.first != self.tail.first:
-            try:
-                self._set_dirty(1)
-                self._publish(new)
-                self._remove_segments(new.first_segment)
-            except OSError as exc:
-                raise storage_error(exc, f"stream {self.name}: retention") from exc
+        try:
+            new = self._retained(self.tail, self.clock.time_ns())
+            if new.first == self.tail.first:
+                return
+            self._set_dirty(1)
+            self._publish(new)
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: retention") from exc
+        self._let_go(new)
+
+    def _let_go(self, tail: Tail) -> None:
+        """Remove the segments below a published `first`, which is marked durably before: a removal that a power cut
+        takes back, or keeps in part, must not bring expired records with holes between them."""
+        if not any(b < tail.first_segment for b in self.segments.bases):
+            return
+        try:
+            self._write_trim(tail.first)
+        except OSError as exc:
+            self._warn(f"expired segments stay for now, the mark could not be written: {exc.strerror or exc}")
+            return
+        self._remove_segments(tail.first_segment)
 
     def _retained(self, tail: Tail, now: int) -> Tail:
         c = self.config
@@ -724,40 +760,51 @@ class Journal:
         return replace(tail, first=first, first_segment=segment, first_offset=offset, bytes=size, first_time_ns=time_ns)
 
     def _remove_segments(self, below: int) -> None:
-        """Delete segments that hold nothing kept. A crash in between leaves files that the next call removes."""
+        """Delete segments that hold nothing kept. What a crash or an error leaves, a later call removes."""
         for base in [b for b in self.segments.bases if b < below]:
             self.segments.forget(base)
-            for suffix in (".seg", INDEX):
+            for suffix in (SEGMENT, INDEX):
                 try:
                     self.files.unlink(os.path.join(self.path, f"{base:020d}{suffix}"))
                 except FileNotFoundError:
                     continue  # somebody was faster, or there never was an index
-        self.segments.refresh()
+                except OSError as exc:
+                    self._warn(f"segment {base} is of no use any more and could not be removed: {exc.strerror or exc}")
+        try:
+            self.segments.refresh()
+        except OSError:
+            self.segments.bases = [b for b in self.segments.bases if b >= below]
 
     def _read_trim(self) -> int:
+        """The first kept sequence, by the newer good half of the mark; 1 without one."""
         try:
-            fd = self.files.open(os.path.join(self.path, "trim"), write=False)
+            fd = self.files.open(os.path.join(self.path, TRIM), write=False)
         except FileNotFoundError:
             return 1
         try:
-            return int(msgspec.json.decode(self.files.pread(fd, 256, 0), type=dict[str, int])["first"])
-        except (msgspec.DecodeError, KeyError):
-            self._warn("the trim mark cannot be read; trimmed records may show again")
-            return 1
+            data = self.files.pread(fd, TRIM_BYTES, 0)
         finally:
             self.files.close(fd)
+        marks = decode_trim(data)
+        if not marks:
+            self._warn("the trim mark cannot be read; trimmed records may show again")
+            return 1
+        return max(marks)[1]
 
     def _write_trim(self, first: int) -> None:
-        path = os.path.join(self.path, "trim")
-        fd = self.files.open(path + ".tmp", create=True)
+        """Make the mark durable. In place and in the half that is not the newest: it needs no room on a full disk, and a
+        crash leaves one of the two marks."""
+        path = os.path.join(self.path, TRIM)
+        fd = self.files.open(path, create=True)
         try:
-            self.files.truncate(fd, 0)
-            write_all(self.files, fd, [msgspec.json.encode({"first": first})], 0)
+            marks = decode_trim(self.files.pread(fd, TRIM_BYTES, 0))
+            count = max(marks)[0] + 1 if marks else 1
+            write_all(self.files, fd, [encode_trim(count, first)], TRIM_BYTES // 2 * (count & 1))
             self.files.sync(fd)
         finally:
             self.files.close(fd)
-        self.files.rename(path + ".tmp", path)
-        self.files.sync_dir(self.path)
+        if not marks:
+            self.files.sync_dir(self.path)
 
     # -- the rest -----------------------------------------------------------------------------------------------------
 
@@ -777,39 +824,52 @@ class Journal:
             with self.locked():
                 tail = self.tail
         reader = Segments(self.files, self.path, self.segments.seed)
-        damage: list[Damage] = []
-        records = size = 0
         try:
-            bases = [b for b in reader.refresh() if b <= tail.segment]
-            chain: int | None = None
-            for base in bases:
-                where = segment_name(base)
+            while True:
                 try:
-                    header = decode_segment_header(self.files.pread(reader.fd(base), SEGMENT_HEADER, 0), strict=True)
-                    chain = header.chain if chain is None else chain
-                except BadBytes as exc:
-                    damage.append(Damage(base, base - 1, f"{where}:0", str(exc)))
-                end = SEGMENT_HEADER
-                for item in reader.walk(base, chain=chain or None, mark=tail.durable):
-                    if isinstance(item, Gap):
-                        chain = None
-                        if item.last >= tail.first or item.last < item.first:
-                            damage.append(
-                                Damage(max(item.first, tail.first), item.last, f"{where}:{item.start}", item.why)
-                            )
-                        continue
-                    h = item.header
-                    chain, end = h.crc, item.offset + h.size
-                    kept = h.last - max(h.base, tail.first) + 1
-                    if kept > 0:
-                        records += kept
-                        size += h.size
-                if base != tail.segment and self.files.size(reader.fd(base)) > end and not damage:
-                    slack = self.files.pread(reader.fd(base), BLOCK_DATA_MAX, end).strip(b"\0")
-                    if slack:
-                        self._warn(f"{where}: {len(slack)} bytes of a superseded write behind its last block")
+                    return self._verified(reader, tail)
+                except FileNotFoundError:
+                    again = self.current()  # trimmed while we read; a segment that is simply gone is found by its name
+                    if again.first_segment == tail.first_segment and again.segment == tail.segment:
+                        raise
+                    tail = again
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: verify") from exc
         finally:
             reader.close()
+
+    def _verified(self, reader: Segments, tail: Tail) -> Verification:
+        damage: list[Damage] = []
+        records = size = 0
+        bases = [b for b in reader.refresh() if b <= tail.segment]
+        chain: int | None = None
+        if tail.first <= tail.durable and (not bases or tail.first < bases[0]):
+            last = bases[0] - 1 if bases else tail.durable
+            damage.append(Damage(tail.first, last, segment_name(tail.first_segment), "missing"))
+        for base in bases:
+            where = segment_name(base)
+            try:
+                header = decode_segment_header(self.files.pread(reader.fd(base), SEGMENT_HEADER, 0), strict=True)
+                chain = header.chain if chain is None else chain
+            except BadBytes as exc:
+                damage.append(Damage(base, base - 1, f"{where}:0", str(exc)))
+            end = SEGMENT_HEADER
+            for item in reader.walk(base, chain=chain or None, mark=tail.durable):
+                if isinstance(item, Gap):
+                    chain = None
+                    if item.last >= tail.first or item.last < item.first:
+                        damage.append(Damage(max(item.first, tail.first), item.last, f"{where}:{item.start}", item.why))
+                    continue
+                h = item.header
+                chain, end = h.crc, item.offset + h.size
+                kept = h.last - max(h.base, tail.first) + 1
+                if kept > 0:
+                    records += kept
+                    size += h.size
+            if base != tail.segment and self.files.size(reader.fd(base)) > end and not damage:
+                slack = self.files.pread(reader.fd(base), BLOCK_DATA_MAX, end).strip(b"\0")
+                if slack:
+                    self._warn(f"{where}: {len(slack)} bytes of a superseded write behind its last block")
         return Verification(records=records, bytes=size, first=tail.first, last=tail.durable, damage=damage)
 
 
@@ -824,14 +884,18 @@ def segment_size(config: StreamConfig) -> int:
 def _make_segment(files: Files, path: str, header: SegmentHeader) -> None:
     """A new segment file, whole and durable before it has its name; the caller syncs the directory."""
     target = os.path.join(path, segment_name(header.base))
-    fd = files.open(target + ".tmp", create=True)
+    _make_file(files, target + ".tmp", encode_segment_header(header))
+    files.rename(target + ".tmp", target)
+
+
+def _make_file(files: Files, path: str, content: bytes) -> None:
+    fd = files.open(path, create=True)
     try:
         files.truncate(fd, 0)
-        write_all(files, fd, [encode_segment_header(header)], 0)
+        write_all(files, fd, [content], 0)
         files.sync(fd)
     finally:
         files.close(fd)
-    files.rename(target + ".tmp", target)
 
 
 def remove_tree(files: Files, path: str) -> None:

@@ -11,7 +11,7 @@ from campaigns.simbox import PATH, Box, Model, Tick, boot, seeded
 from mist.broker.base import Message, StreamConfig
 from mist.errors import DataLoss, MistError, NotFound, StorageFull, Unavailable
 from mist.log.journal import Journal
-from mist.testing.simfiles import Faults, PowerCut, Script, SimFiles
+from mist.testing.simfiles import Dice, Faults, PowerCut, Script, SimFiles
 
 SEGMENT = f"{PATH}/{1:020d}.seg"
 SMALL = StreamConfig(segment_bytes=8192)
@@ -129,3 +129,99 @@ def test_torn_tail_is_cut_even_when_the_disk_is_too_full_to_keep_it() -> None:
     files.faults.check = lambda kind, path: "quarantine" in path and real(kind, path)  # type: ignore[method-assign]
     assert [r.id for r in box.all()] == ["id-1", "id-2"]
     assert files.content(SEGMENT) == end
+
+
+def test_trim_needs_no_room_and_survives_a_power_cut() -> None:
+    """Trimming is how one makes room: on a full disk it works, and what it removed stays removed."""
+    files = made()
+    box = Box(files, 1)
+    fill(box, 6, 1500)
+    files.settle()
+    files.faults = Faults(errno.ENOSPC, 1, forever=True)
+    real = files.faults.check
+    allocating = ("create", "allocate", "rename", "mkdir")
+    files.faults.check = lambda kind, path: kind in allocating and real(kind, path)  # type: ignore[method-assign]
+    box.trim(6)
+    files.faults = None
+    assert box.reader.tail().first == 6
+    for seed in range(20):
+        after = Box(files.power_cut(Dice(seed)), 2)
+        assert after.reader.tail().first == 6
+        assert [r.id for r in after.all()] == ["id-6"]
+
+
+def test_expired_segments_do_not_come_back_with_holes() -> None:
+    """A power cut may take back some removals and not others; the mark written before them keeps all out of sight."""
+    files = made(StreamConfig(segment_bytes=8192, bytes_max=9000, full="drop_oldest"))
+    box = Box(files, 1)
+    fill(box, 12, 1500)
+    first = box.reader.tail().first
+    for seed in range(40):
+        after = Box(files.power_cut(Dice(seed)), 2)
+        assert after.reader.tail().first >= first - 2  # within the segment that is kept, retention needs no mark
+        after.all()
+
+
+@pytest.mark.parametrize("half", [0, 512])
+def test_one_bad_half_of_the_trim_mark_is_survived(half: int) -> None:
+    """A crash tears only the half being written: the other one still says a true mark."""
+    files = made()
+    box = Box(files, 1)
+    fill(box, 4, 100)
+    box.trim(2)
+    box.trim(3)
+    files.settle()
+    files.put(f"{PATH}/tail", b"")
+    for bit in range(half * 8, half * 8 + 28 * 8):
+        files.flip(f"{PATH}/trim", bit)
+        assert Box(files, 2 + bit).reader.tail().first in (2, 3)
+        files.flip(f"{PATH}/trim", bit)
+
+
+def test_damage_in_the_id_window_does_not_stop_appends() -> None:
+    """The ids of damaged blocks are lost to the window, those behind them are not."""
+    for hit in (b"1:xxx", b"3:xxx"):
+        files = made(StreamConfig())
+        fill(Box(files, 1), 5)
+        data = files.content(SEGMENT)
+        files.put(SEGMENT, data.replace(hit, b"rot" + hit[3:]).replace(b"id-3", b"\xff\xfe-3"))
+        box = Box(files, 1)
+        assert box.append([Message("a", b"", "new"), Message("a", b"", "id-5"), Message("a", b"", "id-4")]) == [6, 5, 4]
+
+
+def test_damaged_index_times_do_not_move_a_look_up() -> None:
+    """An index entry counts only when the block it points at says the same sequence and the same time."""
+    files = made(StreamConfig())
+    box = Box(files, 1)
+    fill(box, 400)
+    times = {r.sequence: r.timestamp_ns for r in box.all()}
+    index = f"{PATH}/{1:020d}.idx"
+    entries = bytearray(files.content(index))
+    assert len(entries) > 24 * 3
+    entries[24 * 2 + 8 : 24 * 2 + 16] = (1).to_bytes(8, "little")
+    files.put(index, bytes(entries))
+    for sequence in (1, 100, 200, 250, 399):
+        assert Box(files, 1).reader.locate(times[sequence]) == sequence
+
+
+def test_files_of_others_are_ignored() -> None:
+    """Only names of exactly our form are segments."""
+    files = made()
+    fill(Box(files, 1), 2)
+    for name in ("7.seg", f"{0:020d}.seg", "x" * 20 + ".seg", f"{9:020d}.seg.tmp", f"{9:020d}.seg~", "README"):
+        files.put(f"{PATH}/{name}", b"whatever")
+    assert [r.id for r in Box(files, 2).all()] == ["id-1", "id-2"]
+
+
+def test_a_missing_first_segment_is_a_loss_of_its_records_only() -> None:
+    """The range that is named ends where the next segment begins."""
+    files = made()
+    box = Box(files, 1)
+    fill(box, 4, 3000)
+    files.unlink(f"{PATH}/{1:020d}.seg")
+    box = Box(files, 1)
+    with pytest.raises(DataLoss) as caught:
+        box.all()
+    assert (caught.value.first, caught.value.last) == (1, 1)
+    assert [r.id for r in box.all(skip=True)] == ["id-2", "id-3", "id-4"]
+    assert [(d.first, d.last) for d in box.journal.verify().damage] == [(1, 1)]
