@@ -51,7 +51,6 @@ from mist.log.format import (
     seed_of,
 )
 from mist.log.reserve import Reserve
-from mist.log.segments import INDEX, Block, Gap, Segments, segment_name
 from mist.log.segments import INDEX, SEGMENT, Block, Gap, Segments, segment_name
 
 _LOCK_WORDS = struct.Struct("<QQQ")  # generation being made, poisoned segment's base, pid of the last holder
