@@ -125,7 +125,9 @@ def _payload(data: bytes) -> Raw:
         msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError) as exc:
         if structured:
-            raise Malformed(f"the body is no JSON: {exc}", hint="to publish it as text, quote it as a JSON string") from exc
+            raise Malformed(
+                f"the body is no JSON: {exc}", hint="to publish it as text, quote it as a JSON string"
+            ) from exc
         return Raw(msgspec.json.encode(text.removesuffix("\n")))
     return Raw(body)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from conftest import run
 
 import mist
 from mist.broker.base import Message, StreamConfig
@@ -20,7 +21,6 @@ from mist.cli.main import main
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.subject import subject_for
-from conftest import run
 
 _names = itertools.count(1)
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,9 @@ def log(tmp_path: Path) -> str:
 def envelope(n: int, type: str = "trace.span", **kw: Any) -> Envelope:
     """A small envelope, the same for the same n."""
     payload = kw.pop("payload", {"n": n, "attrs": {"latency_ms": n * 10, "model": f"m{n % 2}"}})
-    return Envelope.new(type, payload, source=kw.pop("source", "test"), id=kw.pop("id", f"id-{n}"), timestamp_ns=n + 1, **kw)
+    return Envelope.new(
+        type, payload, source=kw.pop("source", "test"), id=kw.pop("id", f"id-{n}"), timestamp_ns=n + 1, **kw
+    )
 
 
 def message(env: Envelope) -> Message:

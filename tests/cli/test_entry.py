@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli.conftest import ROOT, Cli, fill
 from msgspec.structs import fields
 
+from cli.conftest import ROOT, Cli, fill
 from mist.cli import main as entry
 from mist.cli.options import GlobalOptions
 from mist.errors import InvalidArgument

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from cli.conftest import envelope
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.conftest import envelope
 from mist.broker.base import Record
 from mist.cli.filters import compile_filter, parse_where, split_path, tokens
 from mist.cli.records import View
@@ -77,7 +77,7 @@ def view(payload: Any = PAYLOAD, **kw: Any) -> View:
         ("payload.s>1", False),
         ("payload.s>abc", True),
         ("payload.num=42", True),
-        ("payload.quote=\"it's\"", True),
+        ('payload.quote="it\'s"', True),
         ("payload.quote='it\\'s'", True),
         ("type=trace.span", True),
         ("source=api", True),
@@ -120,7 +120,11 @@ def test_any_text_is_an_expression_or_refused(text: str) -> None:
     assert predicate(view()) in (True, False)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
+    )
+)
 def test_any_payload_can_be_asked(value: Any) -> None:
     """A predicate gives an answer whatever the payload holds."""
     try:

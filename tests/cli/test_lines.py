@@ -6,11 +6,11 @@ import gzip
 from pathlib import Path
 
 import pytest
-from cli.conftest import Cli, envelope
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.conftest import Cli, envelope
 from mist.broker.base import Message, Record
 from mist.cli.filestream import FileStream
 from mist.cli.lines import FOREIGN, parse_line
@@ -246,10 +246,19 @@ def test_read_verbs_on_a_file(cli: Cli, home: Path) -> None:
     assert cli.ok("count", source, "--type", "trace.span").out == "1\n"
     info = cli.ok("stream", "info", source, "-j").json
     assert (info["first"], info["last"], info["records"]) == (1, 4, 3)
-    assert {r["subject"] for r in cli.ok("stream", "subjects", source, "-j").json} == {"trace.span", "eval.result", "line"}
+    assert {r["subject"] for r in cli.ok("stream", "subjects", source, "-j").json} == {
+        "trace.span",
+        "eval.result",
+        "line",
+    }
     assert cli.ok("stream", "gaps", source, "-j").json == [{"first": 2, "last": 2, "records": 1, "why": "missing"}]
     verified = cli("stream", "verify", source, "-j")
     assert verified.code == 8
     assert [d["first"] for d in verified.json["damage"]] == [4]
-    for args in (["pub", source, "x"], ["stream", "purge", source, "-y"], ["sub", source], ["consumer", "create", source, "c"]):
+    for args in (
+        ["pub", source, "x"],
+        ["stream", "purge", source, "-y"],
+        ["sub", source],
+        ["consumer", "create", source, "c"],
+    ):
         assert cli(*args).code in (2, 11), args

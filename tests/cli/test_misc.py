@@ -9,10 +9,10 @@ import stat
 from pathlib import Path
 
 import pytest
-from cli.conftest import Cli, envelope, fill
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.conftest import Cli, envelope, fill
 from mist.cli.completion import candidates
 from mist.cli.validate import document_end, documents
 from mist.config import Layer, MistConfig, env_layers, merge, unknown_variables
@@ -57,7 +57,9 @@ def test_validate_counts_every_document_once(cli: Cli, data: bytes, valid: int, 
     assert result.err.count("line ") >= invalid
 
 
-@given(st.lists(st.sampled_from([ONE, b"\n", b"{", b"}", b"[", b'"', b"\\", b" ", b"x", b'{"a":1}', b"\r\n"]), max_size=30))
+@given(
+    st.lists(st.sampled_from([ONE, b"\n", b"{", b"}", b"[", b'"', b"\\", b" ", b"x", b'{"a":1}', b"\r\n"]), max_size=30)
+)
 def test_documents_always_end_and_lose_no_whole_line(parts: list[bytes]) -> None:
     """Any input is cut into documents in finite time, and every line that is a whole envelope is found."""
     data = b"".join(parts)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from cli.conftest import fill, with_broker
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.conftest import fill, with_broker
 from mist.broker.base import Message
 from mist.cli.position import (
     Position,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cli.conftest import Cli, envelope, fill, message, with_broker
 
+from cli.conftest import Cli, envelope, fill, message, with_broker
 from mist.broker.base import Message, StreamConfig
 from mist.protocol.codec import encode, encode_msgpack
 
@@ -46,7 +46,9 @@ def test_json_is_one_document_and_empty_is_an_empty_list(cli: Cli, url: str) -> 
 def test_foreign_data_is_shown_not_dropped(cli: Cli, url: str) -> None:
     """Text, bytes, and an envelope with a wrong checksum each appear as data, the last one with its error."""
     bad = encode(envelope(1)).replace(b'"payload"', b'"checksum":7,"payload"')
-    fill(url, "s", [Message("a", b"plain"), Message("b", b"\xff\xfe"), Message("c", bad), Message("d", b'{"a":1}', "i")])
+    fill(
+        url, "s", [Message("a", b"plain"), Message("b", b"\xff\xfe"), Message("c", bad), Message("d", b'{"a":1}', "i")]
+    )
     lines = cli.ok("-u", url, "tail", "s", "-o", "jsonl").lines
     assert (lines[0]["data"], lines[0]["encoding"]) == ("plain", "utf-8")
     assert (lines[1]["data"], lines[1]["encoding"]) == ("//4=", "base64")
@@ -184,11 +186,15 @@ def test_a_stream_url_names_broker_and_stream(cli: Cli, url: str) -> None:
 def test_save_cursor_and_go_on(cli: Cli, url: str) -> None:
     """A named cursor remembers how far the reader got, and going back is refused."""
     fill(url, "s", 10)
-    assert sequences(cli.ok("-u", url, "tail", "s", "--from", "start", "-n", "4", "--save-cursor", "me", "-o", "jsonl")) == [1, 2, 3, 4]
+    assert sequences(
+        cli.ok("-u", url, "tail", "s", "--from", "start", "-n", "4", "--save-cursor", "me", "-o", "jsonl")
+    ) == [1, 2, 3, 4]
     args = ["-u", url, "tail", "s", "--from", "cursor:me", "--save-cursor", "me", "-o", "jsonl"]
     assert sequences(cli.ok(*args)) == [5, 6, 7, 8, 9, 10]
     assert sequences(cli.ok(*args)) == []
-    assert sequences(cli.ok("-u", url, "tail", "s", "--from", "start", "--to", "cursor:me", "-o", "jsonl")) == list(range(1, 11))
+    assert sequences(cli.ok("-u", url, "tail", "s", "--from", "start", "--to", "cursor:me", "-o", "jsonl")) == list(
+        range(1, 11)
+    )
     back = cli("-u", url, "tail", "s", "--from", "start", "-n", "1", "--save-cursor", "me")
     assert back.code == 5
     assert cli("-u", url, "tail", "s", "--from", "cursor:none").code == 3
@@ -227,7 +233,8 @@ def test_get_one_record(cli: Cli, url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "code"), [(["6"], 3), (["0"], 3), (["x"], 2), (["--id", "nope"], 3), ([], 2), (["1", "--id", "a"], 2), (["-5"], 2)]
+    ("args", "code"),
+    [(["6"], 3), (["0"], 3), (["x"], 2), (["--id", "nope"], 3), ([], 2), (["1", "--id", "a"], 2), (["-5"], 2)],
 )
 def test_get_refuses(cli: Cli, url: str, args: list[str], code: int) -> None:
     """A record that is not there is 3, a question that cannot be right is 2."""

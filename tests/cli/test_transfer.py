@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.conftest import Cli, envelope, fill, message, records, with_broker
 
 import mist.broker.memory as memory
+from cli.conftest import Cli, envelope, fill, message, records, with_broker
 from mist.broker.base import Message, Record, StreamConfig
 from mist.cli import transfer
 from mist.errors import DataLoss
 from mist.protocol.codec import encode, encode_msgpack
 
-TRANSPORT = pytest.mark.skipif(importlib.util.find_spec("mist.transport.file") is None, reason="the file: transport is not there")
+TRANSPORT = pytest.mark.skipif(
+    importlib.util.find_spec("mist.transport.file") is None, reason="the file: transport is not there"
+)
 MIXED = [
     *[message(envelope(n)) for n in range(1, 40)],
     Message("foreign.text", b"no envelope", "f1", (("a", "1"), ("a", "2"))),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cli.conftest import Cli, envelope, fill, message, records, with_broker
 
+from cli.conftest import Cli, envelope, fill, message, records, with_broker
 from mist.broker.base import Capabilities, ConsumerConfig, Message
 from mist.protocol.codec import decode, encode
 
@@ -16,7 +16,9 @@ from mist.protocol.codec import decode, encode
 
 def test_pub_makes_the_stream_and_an_envelope(cli: Cli, url: str) -> None:
     """One message: the stream is made, the payload is JSON where it is JSON, else text."""
-    shown = cli.ok("-u", url, "pub", "notes", '{"b":1.50,"a":[1]}', "--type", "note.new", "--source", "me", "--id", "x1", "-j")
+    shown = cli.ok(
+        "-u", url, "pub", "notes", '{"b":1.50,"a":[1]}', "--type", "note.new", "--source", "me", "--id", "x1", "-j"
+    )
     assert shown.json == {"stream": "notes", "sequence": 1, "id": "x1", "subject": "note.new"}
     cli.ok("-u", url, "pub", "notes", "just words", "--subject", "notes.private", "--checksum", "--tenant", "t")
     cli.ok("-u", url, "pub", "notes", "-", stdin=b"from stdin\n")
@@ -317,7 +319,11 @@ def test_dead_letters_are_listed_and_shown_with_their_reason(cli: Cli, url: str)
     dead(url, 3)
     assert cli.ok("-u", url, "dlq", "ls", "-j").json == [{"stream": "s", "letters": 3, "first": 1, "last": 3}]
     rows = cli.ok("-u", url, "dlq", "show", "s", "-j").json
-    assert [(r["sequence"], r["consumer"], r["attempts"]) for r in rows] == [("1", "w", "1"), ("2", "w", "1"), ("3", "w", "1")]
+    assert [(r["sequence"], r["consumer"], r["attempts"]) for r in rows] == [
+        ("1", "w", "1"),
+        ("2", "w", "1"),
+        ("3", "w", "1"),
+    ]
     assert rows[0]["reason"] == "cannot be read [2J"
     full = cli.ok("-u", url, "dlq", "show", "s--dead", "--full", "-o", "jsonl", "-n", "1").lines[0]
     assert full["envelope"]["id"] == "id-3"
