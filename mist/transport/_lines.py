@@ -240,7 +240,7 @@ class LineDecoder:
     def _decode(self, data: bytes) -> None:
         """`data` ends with a newline."""
         if len(data) <= self._size_bytes_max:
-            envelopes = codec.decode_block(data)
+            envelopes = codec.decode_block(data, size_bytes_max=self._size_bytes_max)
             if envelopes is not None:
                 self._push(_Good(envelopes, data))
                 return

@@ -149,3 +149,15 @@ class TestConsumer(TestStream):
 
 class TestConsumerToItsEnd(TestStreamToItsEnd):
     query = "&consumer=worker&follow=0"
+
+
+class TestLog(TestStream):
+    @asynccontextmanager
+    async def connect(self, tmp_path: Path) -> Ends:
+        url = f"log:{tmp_path}/data?stream=s"
+        async with dial(url) as sender, dial(url + self.query) as receiver:
+            yield sender, receiver
+
+
+class TestLogConsumer(TestLog):
+    query = "&consumer=worker"

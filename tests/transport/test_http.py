@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ from mist.protocol.envelope import Envelope
 from mist.testing.transports import envelope
 from mist.transport import dial, serve
 from mist.transport._status import CLASSES, error_for, make_error, retry_after
-from mist.transport.server import HttpServer, Limits, ingest, parse_address
+from mist.transport.server import HttpServer, Limits, _listen, ingest, parse_address
 
 NDJSON = {"content-type": "application/x-ndjson"}
 JSON = {"content-type": "application/json"}
@@ -658,3 +659,9 @@ def test_bad_urls() -> None:
             assert "secret" not in t.url
 
     run(case())
+
+
+def test_answers_are_not_delayed() -> None:
+    """The listener names its protocol, which is what makes asyncio switch off Nagle's algorithm on its connections."""
+    with _listen(socket.AF_INET, "127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
