@@ -179,7 +179,7 @@ def test_refusals() -> None:
     """Sizes and modes that cannot be, different sizes for one name, unknown parameters."""
 
     async def case() -> None:
-        for url in ("chan:a?size=0", "chan:a?size=x", "chan:a?full=drop", "chan:a?sise=3"):
+        for url in ("chan:a?size=0", "chan:a?size=x", "chan:a?full=drop", "chan:a?sizes=3"):
             with pytest.raises(InvalidArgument):
                 await dial(url)
         async with dial("chan:a?size=3"):

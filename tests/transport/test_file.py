@@ -463,7 +463,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
                     await t.send(envelope())
                 with pytest.raises(InvalidArgument):
                     await t.receive()
-        for url in ("file:", "file:x?sync=always", "file:x?folow=1", "file:x?follow=maybe"):
+        for url in ("file:", "file:x?sync=always", "file:x?following=1", "file:x?follow=maybe"):
             with pytest.raises(InvalidArgument):
                 await dial(url)
 

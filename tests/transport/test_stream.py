@@ -293,7 +293,7 @@ def test_refusals() -> None:
     async def case() -> None:
         for url in (
             "memory:", "memory:?stream=a%20b", "memory:?stream=s&follow=x", "memory:?stream=s&ack=never",
-            "memory:?stream=s&from=soon", "memory:?stream=s&prefetch=0", "memory:?stream=s&strem=t", "nowhere:x?stream=s",
+            "memory:?stream=s&from=soon", "memory:?stream=s&prefetch=0", "memory:?stream=s&streams=t", "nowhere:x?stream=s",
         ):  # fmt: skip
             with pytest.raises(InvalidArgument):
                 await dial(url)
