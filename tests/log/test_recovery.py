@@ -6,10 +6,11 @@ import errno
 from contextlib import suppress
 
 import pytest
-from campaigns.simbox import PATH, Box
+from campaigns.simbox import PATH, Box, Model, Tick, boot, seeded
 
 from mist.broker.base import Message, StreamConfig
-from mist.errors import DataLoss
+from mist.errors import DataLoss, MistError, NotFound, StorageFull, Unavailable
+from mist.log.journal import Journal
 from mist.testing.simfiles import Dice, Faults, PowerCut, Script, SimFiles
 
 SEGMENT = f"{PATH}/{1:020d}.seg"
