@@ -30,12 +30,14 @@ from mist.errors import Ambiguous, CursorAhead, DataLoss, Locked, MistError, Not
 from mist.log.files import Files, write_all
 from mist.log.format import (
     BLOCK_DATA_MAX,
+    BLOCK_HEADER,
     INDEX_ENTRY,
     INDEX_EVERY,
     SEGMENT_HEADER,
     TAIL_BYTES,
     TRIM_BYTES,
     BadBytes,
+    BlockHeader,
     Columns,
     SegmentHeader,
     Tail,
@@ -323,8 +325,8 @@ class Journal:
             except OSError as exc:
                 self._poison(tail, fd)
                 raise Ambiguous(f"stream {self.name}: sync failed, {exc.strerror or exc}") from exc
+        self._write_index(tail.segment, base, now, tail.end)
         try:
-            self._write_index(tail.segment, base, now, tail.end)
             first_time = tail.first_time_ns if tail.durable >= tail.first else now
             new = replace(
                 tail, durable=base + len(columns.subjects) - 1, end=end, chain=crc, time_ns=now,
@@ -363,7 +365,12 @@ class Journal:
         if tail.end + size > segment_size(self.config):
             return True
         age = self.config.segment_age_s
-        return bool(age) and now - self._segment_created(tail.segment) > age * 1e9  # type: ignore[operator]
+        if not age:
+            return False
+        try:
+            return now - self._segment_created(tail.segment) > age * 1e9
+        except BadBytes:
+            return True  # its age is unknown, and a header that can be read is wanted
 
     def _reserve(self, fd: int, tail: Tail, size: int) -> None:
         """Make room for a block ahead of its write, in steps that grow: a small stream stays small on disk, a large
@@ -374,7 +381,13 @@ class Journal:
         if tail.end + size > reserved:
             want = max(min(reserved * 2, segment_size(self.config)), tail.end + size, _RESERVE_MIN)
             Reserve(self.files, os.path.dirname(os.path.dirname(self.path))).keep()
-            self.files.allocate(fd, want)
+            try:
+                self.files.allocate(fd, want)
+            except OSError as exc:
+                if exc.errno not in _FULL:
+                    raise
+                want = tail.end + size  # room for no more than this block, perhaps
+                self.files.allocate(fd, want)
             reserved = want
         self._reserved = (tail.segment, reserved)
 
@@ -383,19 +396,18 @@ class Journal:
             self._created = (base, self.segments.header(base).created_ns)
         return self._created[1]
 
-    def _roll(self) -> None:
+    def _roll(self, *, poisoned: bool = False) -> None:
         """Under lock, dirty: seal the segment and publish a new, durable, empty one."""
         tail = self.tail
-        if tail.end > SEGMENT_HEADER:
-            self.files.truncate(self.segments.fd(tail.segment), tail.end)
+        fd = self.segments.fd(tail.segment)
+        self._reserved = (0, 0)
+        if self.files.size(fd) > tail.end:
+            self.files.truncate(fd, tail.end)
+        if not poisoned:
+            self.files.sync(fd)  # its size; and at level `process`, a power cut costs the last segment at most
         base = tail.durable + 1
         self._new_segment(base, chain=tail.chain, time_ns=tail.time_ns)
-        empty = tail.durable < tail.first
-        self._publish(replace(
-            tail, segment=base, end=SEGMENT_HEADER,
-            first_segment=base if empty else tail.first_segment,
-            first_offset=SEGMENT_HEADER if empty else tail.first_offset,
-        ))  # fmt: skip
+        self._publish(_continued(tail, base))
 
     def _new_segment(self, base: int, *, chain: int, time_ns: int) -> None:
         header = SegmentHeader(
@@ -422,8 +434,7 @@ class Journal:
         """After a failed sync: never trust this descriptor's cache again; go on in a new segment."""
         try:
             self._set_dirty(2, poisoned=tail.segment)
-            self.files.truncate(fd, tail.end)
-            self._roll()
+            self._roll(poisoned=True)
             self._set_dirty(0)
         except OSError as exc:
             self._warn(f"segment {tail.segment} is poisoned by a failed sync and no new one could be made: {exc}")
@@ -431,17 +442,22 @@ class Journal:
         self._warn(f"a sync of segment {tail.segment} failed; writing goes on in segment {self.tail.segment}")
 
     def _write_index(self, segment: int, base: int, time_ns: int, offset: int) -> None:
+        """Note the block when it is this handle's first one in its region. A cache: failing is not failing to store."""
         region = offset // INDEX_EVERY
-        if self._index is None or self._index[0] != segment:
-            if self._index is not None:
-                self.files.close(self._index[1])
-                self._index = None
-            fd = self.files.open(os.path.join(self.path, f"{segment:020d}{INDEX}"), create=True)
-            self._index = (segment, fd)
-            self._region = -1
-        if region != self._region:
+        if self._index is not None and self._index[0] == segment and region == self._region:
+            return
+        try:
+            if self._index is None or self._index[0] != segment:
+                if self._index is not None:
+                    self.files.close(self._index[1])
+                    self._index = None
+                fd = self.files.open(os.path.join(self.path, f"{segment:020d}{INDEX}"), create=True)
+                self._index = (segment, fd)
             self.files.pwrite(self._index[1], encode_index_entry(base, time_ns, offset), region * INDEX_ENTRY)
             self._region = region
+        except OSError as exc:
+            self._region = -1
+            self._warn(f"the index of segment {segment} could not be written: {exc.strerror or exc}")
 
     # -- recovery -----------------------------------------------------------------------------------------------------
 
@@ -453,8 +469,7 @@ class Journal:
         if poisoned:
             self._set_dirty(2, poisoned=tail.segment)
             self._drop_orphans(orphans)
-            self.files.truncate(fd, tail.end)
-            self._roll()
+            self._roll(poisoned=True)
             self._set_dirty(0)
             self.segments.refresh()
             return
@@ -477,7 +492,7 @@ class Journal:
         for base in orphans:
             if base == new.durable + 1 and new.end == tail.end and self._whole_header(base):
                 self.files.sync_dir(self.path)  # who made it may have died before its name was on the device
-                new = replace(new, segment=base, end=SEGMENT_HEADER)
+                new = _continued(new, base)
             else:
                 self._drop_orphans([base])
         if self._limited:
@@ -703,13 +718,36 @@ class Journal:
                 tail = self._moved(tail, self._block_last(tail) + 1)
         return tail
 
+    def _head(self, tail: Tail, segment: int, offset: int) -> BlockHeader | None:
+        """The header of the block at an offset when it can be believed: what follows fits, or its checksum holds."""
+        fd = self.segments.fd(segment)
+        head = block_header(self.files.pread(fd, BLOCK_HEADER, offset))
+        if head is None or head.last > tail.durable:
+            return None
+        end = offset + head.size
+        if segment == tail.segment and end == tail.end:
+            fits = (head.last, head.crc) == (tail.durable, tail.chain)
+        else:
+            behind = block_header(self.files.pread(fd, BLOCK_HEADER, end))
+            fits = behind is not None and (behind.base, behind.chain) == (head.last + 1, head.crc)
+        if not fits:
+            block = self.segments.block(segment, offset)
+            head = block.header if block is not None else None
+        return head
+
     def _block_last(self, tail: Tail) -> int:
-        """The last sequence of the block that holds `tail.first`."""
-        head = block_header(self.files.pread(self.segments.fd(tail.first_segment), 64, tail.first_offset))
-        if head is not None and head.base <= tail.first <= head.last <= tail.durable:
+        """The last sequence of the block, or of the damage, that holds `tail.first`."""
+        head = self._head(tail, tail.first_segment, tail.first_offset)
+        if head is not None and head.base <= tail.first <= head.last:
             return head.last
-        following = self.segments.next_base(tail.first_segment)  # damaged: let the whole segment go
-        return (following - 1) if following is not None and following <= tail.durable else tail.durable
+        self.segments.refresh()
+        segment = self.segments.holding(tail.first)
+        for item in self.segments.walk(segment, mark=tail.durable):
+            first, last = (item.first, item.last) if isinstance(item, Gap) else (item.header.base, item.header.last)
+            if first <= tail.first <= last:
+                return last
+        following = self.segments.next_base(segment)
+        return following - 1 if following is not None and tail.first < following <= tail.durable else tail.durable
 
     def _moved(self, tail: Tail, first: int) -> Tail:
         """The tail with a later `first`, hopping over a few blocks; far moves are placed by the index."""
@@ -719,8 +757,8 @@ class Journal:
                 return replace(
                     tail, first=first, first_segment=tail.segment, first_offset=tail.end, bytes=0, first_time_ns=0
                 )
-            head = block_header(self.files.pread(self.segments.fd(segment), 64, offset))
-            if head is None or head.base > first or head.last > tail.durable:
+            head = self._head(tail, segment, offset)
+            if head is None or head.base > first:
                 following = self.segments.next_base(segment)
                 if head is None and following is not None and following <= first:
                     segment, offset = following, SEGMENT_HEADER
@@ -747,16 +785,23 @@ class Journal:
             )
         segment = self.segments.holding(first)
         offset, time_ns = SEGMENT_HEADER, 0
-        for item in self.segments.walk(segment, start=self.segments.start_for(segment, first), mark=tail.durable):
-            if isinstance(item, Block) and item.header.last >= first:
-                offset, time_ns = item.offset, item.header.time_ns
-                break
+        for base in [b for b in bases if b >= segment]:
+            start = self.segments.start_for(base, first) if base == segment else SEGMENT_HEADER
+            for item in self.segments.walk(base, start=start, mark=tail.durable):
+                if isinstance(item, Block) and item.header.last >= first:
+                    offset, time_ns = item.offset if base == segment else offset, item.header.time_ns
+                    break
+            if time_ns:
+                break  # of what is damaged up to here, this is the best known time
         size = 0
         for base in bases:
             if base >= segment:
                 end = tail.end if base == tail.segment else self.files.size(self.segments.fd(base))
                 size += end - (offset if base == segment else SEGMENT_HEADER)
-        return replace(tail, first=first, first_segment=segment, first_offset=offset, bytes=size, first_time_ns=time_ns)
+        return replace(
+            tail, first=first, first_segment=segment, first_offset=offset, bytes=size,
+            first_time_ns=time_ns or tail.time_ns,
+        )  # fmt: skip
 
     def _remove_segments(self, below: int) -> None:
         """Delete segments that hold nothing kept. What a crash or an error leaves, a later call removes."""
@@ -878,6 +923,13 @@ def segment_size(config: StreamConfig) -> int:
     if config.bytes_max:
         size = min(size, max(64 * 1024, config.bytes_max // 8))
     return max(size, SEGMENT_HEADER * 2)
+
+
+def _continued(tail: Tail, base: int) -> Tail:
+    """The tail when writing goes on in a new, empty segment."""
+    if tail.durable < tail.first:
+        tail = replace(tail, first_segment=base, first_offset=SEGMENT_HEADER)
+    return replace(tail, segment=base, end=SEGMENT_HEADER)
 
 
 def _make_segment(files: Files, path: str, header: SegmentHeader) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from mist.broker.base import Message, Record, StreamConfig
 from mist.errors import DataLoss, MistError
 from mist.log.format import TAIL_BYTES
-from mist.testing.simfiles import Dice, Faults, PowerCut, SimFiles
+from mist.testing.simfiles import SHORT, Dice, Faults, PowerCut, SimFiles
 
 from .simbox import PATH, Box, Model, Tick, seeded
 
@@ -395,3 +395,231 @@ def _with_gaps(box: Box) -> tuple[list[Record], list[tuple[int, int]]]:
         if page.scanned >= page.last:
             return out, lost
         at = page.scanned
+
+
+# -- C04: bit rot -----------------------------------------------------------------------------------------------------
+
+
+def c04(budget_s: float, seed: int, report: Report, *, cases: int | None = None) -> dict[str, Any]:
+    """Bit rot: flip bits of a 64 KiB segment (all of them without `cases`), of its index, and of the small files.
+
+    Every flip in the segment is noticed, by a read or by verify; no payload differs from what was written; nothing but
+    the block that was hit is lost, before and after a reboot. Flips anywhere else lose nothing.
+    """
+    until = _Until(budget_s, cases)
+    with seeded(seed) as rng:
+        log = _rotten(rng)
+        path = f"{PATH}/{1:020d}.seg"
+        bits = len(log.files.content(path)) * 8
+        order = list(range(bits))
+        rng.shuffle(order)
+        flipped = reboots = 0
+        box = Box(log.files, 1)
+        everything = [(r.sequence, r.id, r.data) for r in box.all()]
+        for bit in order:
+            if not until.more(flipped):
+                break
+            log.files.flip(path, bit)
+            with _named(seed, lambda b=bit: f"bit {b} of the segment"):  # type: ignore[misc]
+                hit = next((b for b in log.blocks if b[0] <= bit >> 3 < b[1]), None)
+                rotten = Box(log.files, 1)
+                _rot(log, rotten, everything, hit)
+                rotten.close()
+                if flipped % 64 == 0:
+                    files = log.files.power_cut(Dice(0))
+                    after = Box(files, 2)
+                    _rot(log, after, everything, hit)
+                    assert after.append([Message("a", b"on", "on")]) == [everything[-1][0] + 1]
+                    reboots += 1
+            log.files.flip(path, bit)
+            flipped += 1
+        small = 0
+        for name in (f"{1:020d}.idx", "tail", "lock", "trim"):
+            size = len(log.files.content(f"{PATH}/{name}"))
+            some = list(range(size * 8))
+            rng.shuffle(some)
+            for bit in some[: 150 if cases is not None else None]:
+                with _named(seed, lambda n=name, b=bit: f"bit {b} of {n}"):  # type: ignore[misc]
+                    _rot_elsewhere(log, f"{PATH}/{name}", bit, everything, rng)
+                small += 1
+        report(f"C04: {flipped} of {bits} bits flipped in a segment, {reboots} with a reboot; {small} in other files")
+    return {"bits": flipped, "of": bits, "reboots": reboots, "other_files": small, "undetected": 0, "wrong": 0}
+
+
+def _rotten(rng: random.Random) -> _Log:
+    """A log whose first segment is about 64 KiB of small and large blocks, with a second one behind it."""
+    files = SimFiles("/log/streams")
+    clock = Tick()
+    Box.create(files, StreamConfig(segment_bytes=64 * 1024), clock)
+    box = Box(files, 1, clock=clock)
+    model = Model()
+    blocks: list[tuple[int, int, int]] = []
+    pages: list[bytes] = []
+    while box.journal.tail.segment == 1:
+        start, first = box.journal.tail.end, box.journal.tail.durable + 1
+        model.append(box, model.messages(rng.randint(1, 24), rng.choice((0, 20, 300))))
+        tail = box.journal.tail
+        if tail.segment == 1:
+            blocks.append((start, tail.end, first))
+            pages.append(files.content(f"{PATH}/tail")[:TAIL_BYTES])
+    model.append(box, model.messages(3, 50))
+    model.trim(box, 2)
+    files.settle()
+    box.close()
+    return _Log(files, model, f"{PATH}/{1:020d}.seg", blocks, pages)
+
+
+def _rot(log: _Log, box: Box, everything: list[tuple[int, str, bytes]], hit: tuple[int, int, int] | None) -> None:
+    records, lost = _with_gaps(box)
+    given = [(r.sequence, r.id, r.data) for r in records]
+    missing = {s for first, last in lost for s in range(first, last + 1)}
+    assert given == [e for e in everything if e[0] not in missing], "a wrong payload, or a record skipped silently"
+    damage = box.journal.verify().damage
+    assert damage, "not noticed"
+    if hit is None:
+        assert not missing, f"a flip in the header lost {sorted(missing)}"
+    else:
+        following = next((b[2] for b in log.blocks if b[0] == hit[1]), None)
+        stop = following if following is not None else box.journal.segments.bases[1]
+        assert all(hit[2] <= s < stop for s in missing), f"block of {hit[2]} was hit, {sorted(missing)} are lost"
+        assert {s for d in damage for s in range(d.first, d.last + 1)} == missing
+
+
+def _rot_elsewhere(
+    log: _Log, path: str, bit: int, everything: list[tuple[int, str, bytes]], rng: random.Random
+) -> None:
+    for number in (1, 2):
+        files = log.files.power_cut(Dice(0))
+        files.flip(path, bit)
+        box = Box(files, number, clock=Tick(1_800_000_000_000_000_000))
+        assert [(r.sequence, r.id, r.data) for r in box.all()] == everything
+        after, _, _ = rng.choice(everything)
+        assert [(r.sequence, r.id, r.data) for r in box.all(after=after)] == [e for e in everything if e[0] > after]
+        assert not box.journal.verify().damage
+        assert box.append([Message("a", b"on", "on")]) == [everything[-1][0] + 1]
+        at = box.all(after=everything[-1][0])[0].timestamp_ns
+        assert box.reader.locate(at) == everything[-1][0] + 1
+        assert box.reader.locate(1) == everything[0][0]
+        times = {r.timestamp_ns: r.sequence for r in reversed(box.all())}
+        for time_ns in rng.sample(sorted(times), 5):
+            assert box.reader.locate(time_ns) == times[time_ns], "located elsewhere than by a scan"
+        box.close()
+
+
+# -- C05: failing operations ------------------------------------------------------------------------------------------
+
+WORKLOAD: tuple[Step, ...] = (
+    Step("append", 2, 100),
+    Step("append", 3, 1500),
+    Step("read"),
+    Step("append", 2, 1200),
+    Step("again", 3),
+    Step("reopen"),
+    Step("append", 1, 6000),
+    Step("trim", 50),
+    Step("append", 2, 500),
+    Step("read"),
+    Step("trim", 100),
+    Step("append", 1, 3000),
+    Step("append", 1, 3000),
+)
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS, "EINTR": errno.EINTR, "short": SHORT}
+
+
+def c05(budget_s: float, seed: int, report: Report, *, cases: int | None = None) -> dict[str, Any]:
+    """Failing operations: the k-th one, for every k, with every error, once and for ever.
+
+    While it fails, everything raised is ours; what was refused for certain is not stored, what was acknowledged is.
+    When it works again, the log goes on, what was unanswered is repeated and stored once, and then the power goes.
+    """
+    until = _Until(budget_s, cases)
+    done = 0
+    counts: dict[str, int] = {}
+    with seeded(seed) as rng:
+        jobs = [
+            (name, forever, limited, k)
+            for limited in (False, True)
+            for name, error in ERRORS.items()
+            for forever in (False, True)
+            for k in range(1, _operations(error, _config(limited)) + 1)
+        ]
+        rng.shuffle(jobs)
+        for name, forever, limited, k in jobs:
+            if not until.more(done):
+                break
+            how = f"{name} {'from' if forever else 'at'} operation {k}{', limited stream' if limited else ''}"
+            with _named(seed, lambda h=how: h):  # type: ignore[misc]
+                outcome = _failing(Faults(ERRORS[name], k, forever=forever), _config(limited), rng)
+            counts[outcome] = counts.get(outcome, 0) + 1
+            done += 1
+        report(f"C05: {done} of {len(jobs)} failing operations; outcomes {counts}")
+    return {"faults": done, "of": len(jobs), "outcomes": counts, "lost": 0, "doubled": 0}
+
+
+def _config(limited: bool) -> StreamConfig:
+    return StreamConfig(segment_bytes=8192, bytes_max=12_000) if limited else SMALL
+
+
+def _operations(error: int, config: StreamConfig) -> int:
+    world = World(config)
+    world.files.faults = faults = Faults(error, 0)
+    for step in WORKLOAD:
+        world.step(step)
+    return faults.seen
+
+
+def _failing(faults: Faults, config: StreamConfig, rng: random.Random) -> str:
+    world = World(config)
+    world.files.faults = faults
+    model = world.model
+    unanswered: list[Message] = []
+    errors: list[str] = []
+
+    def attempt(call: Callable[[], Any]) -> MistError | None:
+        try:
+            result = call()
+        except MistError as exc:
+            result = exc
+        if isinstance(result, MistError):
+            errors.append(type(result).__name__)
+            return result
+        return None
+
+    for step in WORKLOAD:
+        if world.box is None and attempt(world.opened) is not None:
+            continue
+        box = world.opened()
+        if step.what == "append":
+            messages = model.messages(step.count, step.size)
+            if attempt(lambda b=box, m=messages: model.append(b, m)) is not None:  # type: ignore[misc]
+                unanswered.extend(m for m in messages if m.id not in model.acked.values())
+        else:
+            attempt(lambda s=step: world.step(s))  # type: ignore[misc]
+    faults.heal()
+    assert faults.hits, "the fault was never met"
+    # one more try may find the log still as the fault left it; the next must not
+    waiting = list(unanswered)
+    model.refused.clear()
+    for _ in range(2):
+        error = attempt(lambda: model.append(world.opened(), model.messages(1, 50)))
+        if error is None:
+            break
+    assert error is None, f"does not go on when the fault is gone: {error!r}, after {faults.where}"
+    box = world.opened()
+    if waiting:
+        model._acked(waiting, box.append(waiting))
+    _holds(world, box, config)
+    number = world.number
+    for files in world.files.crash_states(most=3, seed=rng.randrange(1 << 30)):
+        after = world.cut(files)
+        _holds(after, after.opened(), config)
+        assert after.number == number + 1
+    return "unnoticed" if not errors else ("ambiguous" if "Ambiguous" in errors else "definite")
+
+
+def _holds(world: World, box: Box, config: StreamConfig) -> None:
+    tail = box.reader.tail()
+    if config.bytes_max:
+        world.model.first_asked = max(world.model.first_asked, tail.first)
+    world.model.check(box.all(), tail.first, tail.durable)
+    assert not box.journal.verify().damage

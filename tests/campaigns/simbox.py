@@ -22,7 +22,7 @@ from mist.errors import Ambiguous, DataLoss, MistError, PartialAppend
 from mist.log.committer import Committer
 from mist.log.files import Files
 from mist.log.format import TAIL_BYTES, decode_tail
-from mist.log.journal import LOG_DEFAULTS, Journal
+from mist.log.journal import LOG_DEFAULTS, Journal, storage_error
 from mist.log.reader import Reader
 from mist.testing.simfiles import PowerCut, SimFiles
 
@@ -75,7 +75,10 @@ class Box:
     def __init__(self, files: Files, number: int, *, clock: Clock | None = None, warm: bool = True) -> None:
         self.files = files
         self.clock = clock or Tick()
-        self.journal = Journal(files, self.clock, PATH, boot(number))
+        try:
+            self.journal = Journal(files, self.clock, PATH, boot(number))
+        except OSError as exc:
+            raise storage_error(exc, "open") from exc
         self.reader = Reader(self.journal)
         self.committer: Any = Committer(self.journal, _Loop(), Notifier(), 1.0)  # type: ignore[arg-type]
         self.committer._thread = object()  # never started: `append` does its work
@@ -85,13 +88,19 @@ class Box:
 
     @staticmethod
     def create(files: Files, config: StreamConfig, clock: Clock | None = None) -> None:
-        Journal.create(files, clock or Tick(), STREAMS, NAME, config.or_defaults(LOG_DEFAULTS))
+        try:
+            Journal.create(files, clock or Tick(), STREAMS, NAME, config.or_defaults(LOG_DEFAULTS))
+        except OSError as exc:
+            raise storage_error(exc, "create") from exc
 
     def append(self, messages: list[Message], expected_last: int | None = None) -> list[int]:
         self.committer.append(messages, expected_last)
         (request,) = self.committer._swap()
-        if not self.journal.try_lock():
-            raise AssertionError("the lock is held by nobody we know")
+        try:
+            if not self.journal.try_lock():
+                raise AssertionError("the lock is held by nobody we know")
+        except OSError as exc:
+            raise storage_error(exc, "lock") from exc  # as the Committer's thread does
         try:
             self.committer._commit([request])
         finally:

@@ -6,11 +6,10 @@ import errno
 from contextlib import suppress
 
 import pytest
-from campaigns.simbox import PATH, Box, Model, Tick, boot, seeded
+from campaigns.simbox import PATH, Box
 
 from mist.broker.base import Message, StreamConfig
-from mist.errors import DataLoss, MistError, NotFound, StorageFull, Unavailable
-from mist.log.journal import Journal
+from mist.errors import DataLoss
 from mist.testing.simfiles import Dice, Faults, PowerCut, Script, SimFiles
 
 SEGMENT = f"{PATH}/{1:020d}.seg"
