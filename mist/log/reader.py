@@ -33,6 +33,7 @@ _PLACES = 256
 _RESTS = 8
 
 Match = Callable[[str], bool] | None
+_Place = tuple[int, int, int | None]
 
 
 class Reader:
@@ -44,10 +45,10 @@ class Reader:
         self._segments = Segments(journal.files, journal.path, journal.segments.seed)
         self._listed = (0, 0)
         self._large = False  # whether the last block was: the next one is read alone
-        # after -> (segment, offset of the block that holds the next record, its chain or None)
-        self._places: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        # after -> (segment, offset of the block that holds the next record, checksum of the block before it or None)
+        self._places: OrderedDict[int, _Place] = OrderedDict()
         # after -> the undelivered records of that block, from the one after `after`, and where the next block starts
-        self._rests: OrderedDict[int, tuple[list[Record], int, int, int]] = OrderedDict()
+        self._rests: OrderedDict[int, tuple[list[Record], int, _Place]] = OrderedDict()
 
     def close(self) -> None:
         self._segments.close()
@@ -106,15 +107,14 @@ class Reader:
         scanned = after
         rest = self._rests.pop(after, None)
         if rest is not None:
-            records, at, segment, offset = rest
+            records, at, (segment, offset, chain) = rest
             taken, at, size = _take(records, at, match, limit, bytes_max, out, 0)
             scanned = records[at - 1].sequence if at else after
             if not taken:
-                self._remember_rest(scanned, records, at, segment, offset)
+                self._remember_rest(scanned, records, at, (segment, offset, chain))
                 return Page(out, scanned, mark)
         else:
-            place = self._places.get(after)
-            segment, offset = place if place is not None else self._find(after + 1, mark)
+            segment, offset, chain = self._places.get(after) or self._find(after + 1, mark)
         fd = self._segments.fd(segment)
         chunk, start = b"", offset
         want = _CHUNK_MIN
@@ -151,6 +151,7 @@ class Reader:
                 header is None
                 or not block_ok(block, header, seed)
                 or not header.base <= scanned + 1 <= header.last <= mark
+                or (chain is not None and header.chain != chain)
             ):
                 if not retried:
                     retried, chunk = True, b""  # once more, with bytes read after this mark
@@ -163,6 +164,7 @@ class Reader:
                     )
                 # raises DataLoss, or finds it elsewhere: a damaged header before it led us here
                 segment, offset = looked = self._elsewhere(segment, scanned, tail)
+                chain = None
                 fd, start, retried = self._segments.fd(segment), offset, False
                 continue
             retried = False
@@ -173,6 +175,7 @@ class Reader:
                 if match is not None and not any(map(match, meta.subjects)):
                     scanned = header.last
                     offset += header.size
+                    chain = header.crc
                     continue
                 records = decode_records(block, header, meta)
             except BadBytes as exc:
@@ -194,6 +197,7 @@ class Reader:
                 size += header.data_len
                 scanned = header.last
                 offset += header.size
+                chain = header.crc
                 continue
             if match is None and size + header.data_len > bytes_max:
                 size = sum([len(r.data) for r in out])  # it counted the framing of whole blocks too
@@ -201,35 +205,36 @@ class Reader:
             if stop:
                 scanned = records[stop - 1].sequence
             if stop < len(records):
-                self._remember_rest(scanned, records, stop, segment, offset + header.size)
+                self._remember_rest(scanned, records, stop, (segment, offset + header.size, header.crc))
                 return Page(out, scanned, mark)
             offset += header.size
+            chain = header.crc
             if not taken:
                 break
-        self._remember_place(scanned, segment, offset)
+        self._remember_place(scanned, (segment, offset, chain))
         return Page(out, scanned, mark)
 
-    def _remember_place(self, after: int, segment: int, offset: int) -> None:
-        self._places[after] = (segment, offset)
+    def _remember_place(self, after: int, place: _Place) -> None:
+        self._places[after] = place
         if len(self._places) > _PLACES:
             self._places.popitem(last=False)
 
-    def _remember_rest(self, after: int, records: list[Record], at: int, segment: int, offset: int) -> None:
+    def _remember_rest(self, after: int, records: list[Record], at: int, place: _Place) -> None:
         if at >= len(records):
-            self._remember_place(after, segment, offset)
+            self._remember_place(after, place)
             return
-        self._rests[after] = (records, at, segment, offset)
+        self._rests[after] = (records, at, place)
         if len(self._rests) > _RESTS:
             self._rests.popitem(last=False)
 
-    def _find(self, sequence: int, mark: int) -> tuple[int, int]:
+    def _find(self, sequence: int, mark: int) -> _Place:
         """Segment and offset of the block that holds a sequence. Raises DataLoss when it lies in damage."""
         segment = self._segments.holding(sequence)
         start = self._segments.start_for(segment, sequence)
         offset = self._segments.hop(segment, start, sequence, mark)
         if offset is not None:
-            return segment, offset
-        return segment, self._find_carefully(segment, sequence, mark)
+            return segment, offset, None
+        return segment, self._find_carefully(segment, sequence, mark), None
 
     def _find_carefully(self, segment: int, sequence: int, mark: int) -> int:
         if sequence < segment:  # the segment before this one is gone
@@ -281,7 +286,7 @@ class Reader:
             return out
         expected = 0
         try:
-            segment, offset = self._places.get(after) or self._find(after + 1, tail.durable)
+            segment, offset, _ = self._places.get(after) or self._find(after + 1, tail.durable)
         except DataLoss:  # it begins in damage, which must not stop a writer: go on behind
             segment, offset, expected = self._segments.holding(after + 1), SEGMENT_HEADER, after + 1
             behind = self._gap_after(segment, after + 1, tail.durable)
@@ -317,7 +322,7 @@ class Reader:
             out.append((header.base, header.records, header.time_ns, meta.ids if meta else None))
             offset += header.size
             expected = header.last + 1
-        self._remember_place(tail.durable, segment, offset)
+        self._remember_place(tail.durable, (segment, offset, None))
         return out
 
     def _gap_after(self, segment: int, sequence: int, mark: int) -> tuple[int, int] | None:

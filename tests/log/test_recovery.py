@@ -7,9 +7,10 @@ from contextlib import suppress
 
 import pytest
 from campaigns.simbox import PATH, Box
+from google_crc32c import value as crc32c
 
 from mist.broker.base import Message, StreamConfig
-from mist.errors import DataLoss
+from mist.errors import DataLoss, MistError, VersionUnsupported
 from mist.testing.simfiles import Dice, Faults, PowerCut, Script, SimFiles
 
 SEGMENT = f"{PATH}/{1:020d}.seg"
@@ -224,3 +225,92 @@ def test_a_missing_first_segment_is_a_loss_of_its_records_only() -> None:
     assert (caught.value.first, caught.value.last) == (1, 1)
     assert [r.id for r in box.all(skip=True)] == ["id-2", "id-3", "id-4"]
     assert [(d.first, d.last) for d in box.journal.verify().damage] == [(1, 1)]
+
+
+def test_every_segment_header_may_be_lost() -> None:
+    """What a stream is, its name, incarnation and configuration, lies beside the segments once more."""
+    files = made()
+    box = Box(files, 1)
+    fill(box, 3, 3000)
+    incarnation = box.journal.incarnation
+    for base in (1, 2, 3):
+        path = f"{PATH}/{base:020d}.seg"
+        files.put(path, b"\0" * 4096 + files.content(path)[4096:])
+    for number in (1, 2):
+        box = Box(files, number)
+        assert box.journal.incarnation == incarnation
+        assert [r.id for r in box.all()] == ["id-1", "id-2", "id-3"]
+        assert box.append([Message("a", b"", f"next-{number}")]) == [3 + number]
+    assert {d.first for d in box.journal.verify().damage} == {1, 2, 3}
+
+
+def test_a_foreign_segment_does_not_take_the_stream_over() -> None:
+    """A segment of another stream, copied in by mistake, is damage; ours stay readable."""
+    other = made()
+    fill(Box(other, 1), 1)
+    files = made()
+    fill(Box(files, 1), 2)
+    files.settle()
+    files.put(f"{PATH}/{50:020d}.seg", other.content(SEGMENT))
+    box = Box(files, 2)
+    assert [r.id for r in box.all(after=0, skip=True)][:2] == ["id-1", "id-2"]
+
+
+def test_a_newer_format_is_refused_and_left_alone() -> None:
+    """An older build must not take what a newer one wrote for damage and cut it."""
+    files = made()
+    fill(Box(files, 1), 2)
+    files.settle()
+    files.put(f"{PATH}/{3:020d}.seg", newer_header(files.content(SEGMENT)) + b"blocks of another kind")
+    before = {p: files.content(p) for p in files.paths() if p.endswith(".seg")}
+    with pytest.raises(VersionUnsupported):
+        Box(files, 2)
+    assert {p: files.content(p) for p in files.paths() if p.endswith(".seg")} == before
+
+
+def newer_header(segment: bytes) -> bytes:
+    """The header of this segment as a build with the next format version would write it."""
+    half = bytearray(segment[:2048].replace(b'"version":1', b'"version":2'))
+    half[8:12] = crc32c(bytes(half[12:])).to_bytes(4, "little")
+    return bytes(half) * 2
+
+
+def test_a_removed_last_segment_is_damage_and_writing_goes_on() -> None:
+    """Within one boot: what it held is lost and named, its sequences are not given again."""
+    files = made()
+    box = Box(files, 1)
+    fill(box, 3, 3000)
+    files.unlink(f"{PATH}/{3:020d}.seg")
+    box = Box(files, 1)
+    with suppress(MistError):
+        box.append([Message("a", b"", "first try")])
+    assert box.append([Message("a", b"", "next")]) == [4]
+    assert [r.id for r in box.all(skip=True)] == ["id-1", "id-2", "next"]
+    with pytest.raises(DataLoss) as caught:
+        box.all(after=2)
+    assert (caught.value.first, caught.value.last) == (3, 3)
+
+
+def test_a_stale_block_is_noticed_when_it_is_followed() -> None:
+    """A block that passes every check but is not the one that was written here (a lost write): the next one's chain
+    does not fit."""
+    files = made(StreamConfig())
+    box = Box(files, 1)
+    fill(box, 3, 100)
+    stale = files.power_cut(Script())
+    old = Box(stale, 2)
+    old.append([Message("a.b", b"x" * 102, "stale")])
+    start = box.journal.tail.end
+    box.append([Message("a.b", b"y" * 102, "fresh")])
+    box.append([Message("a.b", b"z" * 102, "after")])
+    data, other = bytearray(files.content(SEGMENT)), stale.content(SEGMENT)
+    size = old.journal.tail.end - start
+    assert old.journal.tail.end == start + size
+    data[start : start + size] = other[start : start + size]
+    files.put(SEGMENT, bytes(data))
+    box = Box(files, 1)
+    assert box.journal.verify().damage
+    with pytest.raises(DataLoss):
+        box.all()
+    with pytest.raises(DataLoss):
+        box.all(limit=1)
