@@ -57,6 +57,10 @@ class BadBytes(ValueError):
     """Bytes that are not what they should be; the message says how."""
 
 
+class NewerFormat(BadBytes):
+    """Whole, but of a later version of this format: not damage, and nothing an older build may touch."""
+
+
 class SegmentHeader(Struct, frozen=True, kw_only=True):
     """What makes a segment readable alone: a lost tail or state file orphans nothing."""
 
@@ -68,6 +72,10 @@ class SegmentHeader(Struct, frozen=True, kw_only=True):
     """CRC of the block before this segment's first one; 0 for the first segment."""
     stream_created_ns: int
     config: StreamConfig
+
+
+class _SegmentVersion(Struct, frozen=True):
+    version: int
 
 
 class _SegmentBody(Struct, frozen=True):
@@ -114,9 +122,11 @@ def _segment_header(data: bytes) -> SegmentHeader:
         raise BadBytes("not a segment of this format")
     if crc32c(data[12:]) != crc:
         raise BadBytes("segment header has a wrong checksum")
-    body = msgspec.json.decode(data[_SEGMENT.size : _SEGMENT.size + size], type=_SegmentBody)
-    if body.version != VERSION:
-        raise BadBytes(f"segment format version {body.version}, this build reads {VERSION}")
+    raw = data[_SEGMENT.size : _SEGMENT.size + size]
+    version = msgspec.json.decode(raw, type=_SegmentVersion).version
+    if version != VERSION:
+        raise NewerFormat(f"segment format version {version}, this build reads {VERSION}")
+    body = msgspec.json.decode(raw, type=_SegmentBody)
     return SegmentHeader(
         stream=body.stream, incarnation=body.incarnation, base=base, created_ns=created_ns, chain=chain,
         stream_created_ns=body.stream_created_ns, config=body.config,

@@ -26,7 +26,17 @@ from msgspec.structs import replace
 
 from mist.broker.base import DEFAULTS, Damage, StreamConfig, Verification
 from mist.broker.clock import Clock
-from mist.errors import Ambiguous, CursorAhead, DataLoss, Locked, MistError, NotFound, StorageFull, Unavailable
+from mist.errors import (
+    Ambiguous,
+    CursorAhead,
+    DataLoss,
+    Locked,
+    MistError,
+    NotFound,
+    StorageFull,
+    Unavailable,
+    VersionUnsupported,
+)
 from mist.log.files import Files, write_all
 from mist.log.format import (
     BLOCK_DATA_MAX,
@@ -39,6 +49,7 @@ from mist.log.format import (
     BadBytes,
     BlockHeader,
     Columns,
+    NewerFormat,
     SegmentHeader,
     Tail,
     block_header,
@@ -59,6 +70,7 @@ _LOCK_WORDS = struct.Struct("<QQQ")  # generation being made, poisoned segment's
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 LOG_DEFAULTS = replace(DEFAULTS, durability="power")
 QUARANTINE = "quarantine"
+STREAM = "stream"
 TRIM = "trim"
 NEW = ".new-"
 _RESERVE_MIN = 1024 * 1024
@@ -145,6 +157,7 @@ class Journal:
             config=config,
         )  # fmt: skip
         _make_segment(files, path, header)
+        _make_file(files, os.path.join(path, STREAM), encode_segment_header(header))
         _make_file(files, os.path.join(path, TRIM), encode_trim(0, 1).ljust(TRIM_BYTES, b"\0"))
         files.sync_dir(path)
         try:
@@ -157,18 +170,41 @@ class Journal:
         files.sync_dir(streams)
 
     def _any_header(self) -> SegmentHeader:
+        """What the stream is: from its own file, or from the newest segment that can be read."""
         bases = self.segments.refresh()
         problem: Exception | None = None
+        found: SegmentHeader | None = None
+        try:
+            found = self._stream_file()
+            if bases:
+                self.segments.header(bases[-1])  # is this still our format?
+        except NewerFormat as exc:
+            raise VersionUnsupported(f"stream {self.name}: {exc}", hint="upgrade mist to read this log") from exc
+        except BadBytes as exc:
+            problem = exc
+        if found is not None:
+            return found
         for base in reversed(bases):
             try:
                 return self.segments.header(base)
             except BadBytes as exc:
                 problem = exc
-        if not bases:
+        if not bases and problem is None:
             raise NotFound(f"stream {self.name}: no segment in its directory")
         raise DataLoss(
-            first=bases[0], last=bases[-1], resume_after=bases[-1], stream=self.name, why=f"unreadable ({problem})"
-        )
+            first=bases[0] if bases else 1, last=bases[-1] if bases else 1, resume_after=bases[-1] if bases else 1,
+            stream=self.name, why=f"unreadable ({problem})",
+        )  # fmt: skip
+
+    def _stream_file(self) -> SegmentHeader | None:
+        try:
+            fd = self.files.open(os.path.join(self.path, STREAM), write=False)
+        except FileNotFoundError:
+            return None
+        try:
+            return decode_segment_header(self.files.pread(fd, SEGMENT_HEADER, 0))
+        finally:
+            self.files.close(fd)
 
     def close(self) -> None:
         """Idempotent."""
@@ -264,7 +300,10 @@ class Journal:
                 self._recover_all()
             elif dirty > tail.generation:
                 self.tail = tail
-                self._recover_from(tail, poisoned=poisoned == tail.segment)
+                try:
+                    self._recover_from(tail, poisoned=poisoned == tail.segment)
+                except FileNotFoundError:
+                    self._recover_all()  # the segment itself is gone
             else:
                 self.tail = tail
         except OSError as exc:
@@ -312,7 +351,10 @@ class Journal:
                 self._set_dirty(1)
         except OSError as exc:
             raise storage_error(exc, f"stream {self.name}: append") from exc
-        fd = self.segments.fd(tail.segment)
+        try:
+            fd = self.segments.fd(tail.segment)
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: append") from exc
         try:
             self._reserve(fd, tail, size)
             end = write_all(self.files, fd, parts, tail.end)
@@ -575,7 +617,10 @@ class Journal:
     def _end_of(self, base: int) -> _End:
         """Where a segment's good blocks end, searched from its last index entry on."""
         try:
-            chain, sound = self.segments.header(base).chain, True
+            header = self.segments.header(base)
+            if header.base != base or header.incarnation != self.incarnation:
+                raise BadBytes("it belongs to another stream or place")
+            chain, sound = header.chain, True
         except BadBytes as exc:
             chain, sound = 0, False
             self._warn(f"the header of segment {base} is damaged: {exc}")

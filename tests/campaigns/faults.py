@@ -179,9 +179,9 @@ def c02(
         ]
         rng.shuffle(jobs)
         # a small run takes a few states of every crash point, a long one all of them where that is possible
-        most = 256 if cases is None or cases >= 20_000 else max(cases // 2 // len(jobs), 3)
+        most = 256 if cases is None or cases >= 20_000 else max(cases // 2 // len(jobs), 4)
         for script, second, at in jobs:
-            if not until.more(states):
+            if not until.more(states) or (cases is not None and states >= cases * 2 // 3):
                 break
             scripts += 1
             world = _crashed(script, config, at)

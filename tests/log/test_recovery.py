@@ -239,7 +239,7 @@ def test_every_segment_header_may_be_lost() -> None:
     for number in (1, 2):
         box = Box(files, number)
         assert box.journal.incarnation == incarnation
-        assert [r.id for r in box.all()] == ["id-1", "id-2", "id-3"]
+        assert [r.id for r in box.all()][:3] == ["id-1", "id-2", "id-3"]
         assert box.append([Message("a", b"", f"next-{number}")]) == [3 + number]
     assert {d.first for d in box.journal.verify().damage} == {1, 2, 3}
 
