@@ -22,7 +22,7 @@ ORIGINAL_ID = "Mist-Id"
 HEADERS_DROPPED = "Mist-Headers-Dropped"
 OURS = frozenset({STREAM, SEQUENCE, CONSUMER, ATTEMPTS, REASON, ORIGINAL_ID, HEADERS_DROPPED})
 REASON_CHARS_MAX = 2000
-_COUNTER_CHARS = len(HEADERS_DROPPED) + 6
+_COUNTER_BYTES = len(HEADERS_DROPPED) + 6
 
 
 def dead_letter(record: Record, *, stream: str, incarnation: str, consumer: str, attempts: int, reason: str) -> Message:
@@ -36,20 +36,25 @@ def dead_letter(record: Record, *, stream: str, incarnation: str, consumer: str,
         (REASON, text or "no reason given"),
         (ORIGINAL_ID, record.id),
     )
-    room = HEADERS_BYTES_MAX - sum(len(k) + len(v) for k, v in ours) - _COUNTER_CHARS
+    room = HEADERS_BYTES_MAX - sum(_size(k, v) for k, v in ours) - _COUNTER_BYTES
     kept: list[tuple[str, str]] = []
     dropped = 0
     for key, value in record.headers:
         if key in OURS:
             continue
-        if len(key) + len(value) > room:
+        size = _size(key, value)
+        if size > room:
             dropped += 1
             continue
-        room -= len(key) + len(value)
+        room -= size
         kept.append((key, value))
     if dropped:
         ours = (*ours, (HEADERS_DROPPED, str(dropped)))
     return Message(record.subject, record.data, f"dead:{incarnation}:{record.sequence}:{consumer}", (*kept, *ours))
+
+
+def _size(key: str, value: str) -> int:
+    return len(key.encode()) + len(value.encode())
 
 
 async def bury(broker: Broker, letters: Sequence[Message], *, stream: str) -> None:

@@ -305,15 +305,21 @@ class DeliveryState(Harness):
         """Headers at their limit leave room for the dead letter's own: the consumer is not stuck on it."""
         stream = await env.stream()
         full = (("first", "1"), ("h", "x" * (HEADERS_BYTES_MAX - 7)))
-        await stream.append([Message("a", b"full", "", full), Message("a", b"next")])
+        wide = (("first", "1"), *((f"{n:02}", "é" * 511) for n in range(63)))  # 1,024 bytes each, half the characters
+        await stream.append(
+            [Message("a", b"full", "", full), Message("a", b"wide", "é" * 128, wide), Message("a", b"next")]
+        )
         consumer = await stream.consumer("c", worker_config(attempts_max=1))
-        (d,) = await take(env, consumer, 1)
-        assert d.record.headers == full
-        assert await consumer.nak([d]) == 1
-        (letter,) = await dead_letters(env, stream, 1)
-        assert letter.data == b"full"
-        assert header(letter.headers, "first") == "1"
-        assert header(letter.headers, SEQUENCE)
+        for headers in (full, wide):
+            (d,) = await take(env, consumer, 1)
+            assert d.record.headers == headers
+            assert await consumer.term([d], reason="ž" * 10_000) == 1
+        letters = await dead_letters(env, stream, 2)
+        assert data_of(letters) == [b"full", b"wide"]
+        for letter in letters:
+            assert header(letter.headers, "first") == "1"
+            assert header(letter.headers, SEQUENCE)
+        assert header(letters[1].headers, "00") == "é" * 511, "more headers were left out than had to be"
         assert [d.record.data for d in await take(env, consumer, 1)] == [b"next"]
 
     @case("append", "consumers")
@@ -372,8 +378,7 @@ class DeliveryState(Harness):
         while len(seen) < 12:
             got = await take(env, consumer, min(2, 12 - len(seen)))
             seen += [d.record.data for d in got]
-            if len(seen) < 12:
-                await nothing_to_fetch(consumer)
+            await nothing_to_fetch(consumer)  # also with a limit below what would match
             await consumer.ack(got)
         assert seen == [b"%d" % n for n in range(12)]
 
