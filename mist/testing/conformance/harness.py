@@ -272,8 +272,10 @@ async def take(
 
 
 async def nothing_to_fetch(consumer: Consumer) -> None:
-    """There is no delivery now. Only sound while every lease has a long ack wait."""
-    assert await consumer.fetch(limit=10, wait_s=0.05) == []
+    """There is no delivery now, and a fetch says so when its wait is over. Only sound while leases are long."""
+    async with asyncio.timeout(20):
+        assert await consumer.fetch(limit=10, wait_s=0.05) == []
+        assert await consumer.fetch(limit=1, wait_s=0.01) == []
 
 
 def worker_config(**settings: Any) -> ConsumerConfig:

@@ -104,7 +104,7 @@ class Reading(Harness):
         whole = await read_all(stream)
         for bytes_max in (1, 999, 1000, 1001, 2500, 3000, 12_000):
             page = await stream.read(bytes_max=bytes_max)
-            assert len(page.records) == max(1, bytes_max // 1000), bytes_max
+            assert max(1, bytes_max // 2000) <= len(page.records) <= max(1, bytes_max // 1000), bytes_max
             assert await read_all(stream, bytes_max=bytes_max) == whole
 
     @case("append")
