@@ -1,9 +1,10 @@
-"""The model of the contract against the memory broker, and proof that it bites."""
+"""The model of the contract against our brokers, and proof that it bites."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,20 @@ async def shared() -> Broker:
     return await mist.connect(f"memory:{NAME}")
 
 
+stores: dict[str, Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _log(tmp_path_factory: pytest.TempPathFactory) -> None:
+    stores["log"] = tmp_path_factory.mktemp("model")
+
+
+async def log() -> Broker:
+    return await mist.connect(f"log:{stores['log']}")
+
+
 TestMemoryModel = state_machine(shared, shared).TestCase
+TestLogModel = state_machine(log, log).TestCase
 
 original = {"take": memory.MemoryConsumer._take, "page": memory.MemoryStream._page, "nak": memory.MemoryConsumer.nak}
 
