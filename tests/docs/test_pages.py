@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _FENCE = re.compile(
-    r"^```(\w+)(?: +(needs: .+|fails: \d+))?\n(.*?)^```$|^<!-- setup: (.+?) -->$", re.MULTILINE | re.DOTALL
+    r"^```(\w+)(?: +(needs: [^\n]+|fails: \d+))?\n(.*?)^```$|^<!-- setup: (.+?) -->$", re.MULTILINE | re.DOTALL
 )
 
 
