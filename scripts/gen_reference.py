@@ -233,9 +233,7 @@ def capability_table(found: Sequence[Backend]) -> list[str]:
 def transport_sections() -> list[str]:
     """One section per transport module: its docstring, whose first paragraph names the URL."""
     package = importlib.import_module("mist.transport")
-    schemes: dict[str, str] = getattr(package, "_SCHEMES", {})
-    if not schemes:
-        return []
+    schemes: dict[str, str] = package._SCHEMES
     base = inspect.cleandoc(importlib.import_module("mist.transport.base").__doc__ or "")
     out = [
         "## Transports",
