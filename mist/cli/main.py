@@ -51,6 +51,24 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 ALIASES = {"s": "stream", "c": "consumer"}
 
+EXIT_CODES: dict[int, str] = {
+    0: "done; also when the reader of a pipe has had enough",
+    1: "failure, or a bug of ours",
+    2: "usage: the command, a name, a position or a setting cannot be right",
+    3: "not found: stream, record, consumer, cursor, file",
+    4: "not authorised",
+    5: "conflict: it exists, is locked, or is of another incarnation",
+    6: "timeout",
+    7: "the broker cannot be reached",
+    8: "an integrity problem was found",
+    9: "partial success: something was damaged, refused or left out, and told on stderr",
+    10: "a condition does not hold: a gate, a dry run with something to do, invalid input",
+    11: "refused by policy: read-only, size, quota, not confirmed",
+    130: "interrupted (SIGINT), after flushing",
+    143: "terminated (SIGTERM), after flushing",
+}
+"""What `mist` ends with. The four tools' own console scripts keep the codes of their documents."""
+
 # option -> (field of session.Globals, takes a value); the same list as options.GlobalOptions, which a test compares
 GLOBALS: dict[str, tuple[str, bool]] = {
     "-u": ("url", True),

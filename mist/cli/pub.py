@@ -19,6 +19,7 @@ from mist.cli.session import Session, current
 from mist.errors import InvalidArgument, Malformed, MistError, TooLarge
 from mist.protocol import codec
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
+from mist.protocol.screen import screen
 from mist.protocol.subject import check_subject, subject_for
 
 BATCH = 1000
@@ -34,7 +35,7 @@ class Fields(OptionGroup, frozen=True, kw_only=True):
     source: Annotated[str, typer.Option("--source", metavar="NAME", help="The envelope's source.")] = "mist-cli"
     id: Annotated[str, typer.Option("--id", metavar="ID", help="The envelope's id; the same id is stored once.")] = ""
     subject: Annotated[str, typer.Option("--subject", metavar="SUBJECT", help="The subject; the type if absent.")] = ""
-    correlation_id: Annotated[str, typer.Option("--correlation-id", metavar="ID")] = ""
+    correlation_id: Annotated[str, typer.Option("--correlation-id", metavar="ID", help="What it answers.")] = ""
     traceparent: Annotated[str, typer.Option("--traceparent", metavar="TEXT", help="W3C trace context.")] = ""
     tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="The envelope's tenant.")] = ""
     checksum: Annotated[bool, typer.Option("--checksum", help="Add the payload's checksum.")] = False
@@ -120,7 +121,7 @@ def _payload(data: bytes) -> Raw:
         ) from exc
     structured = body[:1] in (b"{", b"[")
     if structured:
-        codec.screen(body)
+        screen(body)
     try:
         msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError) as exc:

@@ -125,10 +125,14 @@ async def create(
         str | None, typer.Option("--age-max", metavar="AGE", help="Drop older records: 7d, 12h.")
     ] = None,
     bytes_max: Annotated[str | None, typer.Option("--bytes-max", metavar="SIZE", help="For example 10GiB.")] = None,
-    records_max: Annotated[int | None, typer.Option("--records-max", min=0, metavar="N")] = None,
+    records_max: Annotated[
+        int | None, typer.Option("--records-max", min=0, metavar="N", help="At most N records.")
+    ] = None,
     full: Annotated[Full | None, typer.Option("--full", help="What happens above the limits.")] = None,
     dedupe_window: Annotated[str | None, typer.Option("--dedupe-window", metavar="AGE", help="2m if absent.")] = None,
-    dedupe_ids_max: Annotated[int | None, typer.Option("--dedupe-ids-max", min=0, metavar="N")] = None,
+    dedupe_ids_max: Annotated[
+        int | None, typer.Option("--dedupe-ids-max", min=0, metavar="N", help="Ids remembered.")
+    ] = None,
     if_absent: Annotated[bool, typer.Option("--if-absent", help="Succeed when it exists with these settings.")] = False,
 ) -> None:
     """Make a stream.

@@ -47,7 +47,7 @@ class Result(NamedTuple):
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a home, a working directory and an environment of its own."""
     for name in list(os.environ):
-        if name.startswith("MIST_") or name in ("NO_COLOR", "FORCE_COLOR", "PAGER", "TERM"):
+        if name.startswith("MIST_") or name in ("NO_COLOR", "FORCE_COLOR", "PAGER", "TERM", "LINES", "COLUMNS"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))

@@ -99,7 +99,7 @@ def test_every_value_says_where_it_came_from(cli: Cli, home: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("fromat = 'json'", "did you mean 'format'"),
+        ("formats = 'json'", "did you mean 'format'"),
         ("format = 'yaml'", "format"),
         ("timeout_s = 'soon'", "timeout_s"),
         ("quiet = 1", "quiet"),
@@ -127,11 +127,11 @@ def test_a_wrong_variable_is_an_error_that_names_it(cli: Cli, monkeypatch: pytes
 
 def test_merging_is_a_function_over_values() -> None:
     """Later layers win, variables become typed, unknown ones are found."""
-    env = {"MIST_FORMAT": "jsonl", "MIST_QUIET": "true", "MIST_FROMAT": "x", "OTHER": "y", "MIST_URL": ""}
+    env = {"MIST_FORMAT": "jsonl", "MIST_QUIET": "true", "MIST_FORMATS": "x", "OTHER": "y", "MIST_URL": ""}
     loaded = merge(MistConfig, [Layer("a", {"timeout_s": 1}), *env_layers(MistConfig, env)])
     assert (loaded.value.timeout_s, loaded.value.format, loaded.value.quiet) == (1.0, "jsonl", True)
     assert loaded.origins["url"] == "default"
-    assert unknown_variables(MistConfig, env) == ["MIST_FROMAT"]
+    assert unknown_variables(MistConfig, env) == ["MIST_FORMATS"]
     with pytest.raises(InvalidArgument, match="b: unknown key 'nope'"):
         merge(MistConfig, [Layer("b", {"nope": 1})])
 
