@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mist.cli.session import Session, current
-from mist.errors import EndOfStream, InvalidArgument
+from mist.errors import EndOfStream, InvalidArgument, TimedOut
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import HEALTH_PING, HEALTH_PONG
 from mist.protocol.url import Url, parse_url
+
+if TYPE_CHECKING:
+    from mist.transport import Transport
 
 SOURCE = "mist-cli"
 TIMEOUT_S = 10.0
@@ -62,17 +65,24 @@ async def _once(session: Session, url: Url, wait_s: float) -> tuple[float, str]:
 
     ping = Envelope.new(HEALTH_PING, {"from": SOURCE}, source=SOURCE)
     start = time.monotonic()
-    async with asyncio.timeout(max(TIMEOUT_S, wait_s)), dial(url) as transport:
-        await transport.send(ping)
-        if not wait_s:
-            return time.monotonic() - start, "ping sent to"
-        while True:
-            left = start + wait_s - time.monotonic()
-            try:
-                found = await transport.receive_many(1, wait_s=max(0.0, left))
-            except EndOfStream:
-                found = []
-            if not found:
-                raise TimeoutError
-            if found[0].type == HEALTH_PONG:
-                return time.monotonic() - start, "pong from"
+    try:
+        async with asyncio.timeout(max(TIMEOUT_S, wait_s)), dial(url) as transport:
+            await transport.send(ping)
+            answered = not wait_s or await _pong(transport, start + wait_s)
+    except TimeoutError as exc:
+        raise TimedOut(f"{url.redacted()}: no answer within {TIMEOUT_S:g} s") from exc
+    if not answered:
+        raise TimedOut(f"{url.redacted()}: no pong within {wait_s:g} s")
+    return time.monotonic() - start, "pong from" if wait_s else "ping sent to"
+
+
+async def _pong(transport: Transport, until: float) -> bool:
+    """Whether a health.pong came before `until`; other envelopes are passed over."""
+    while (left := until - time.monotonic()) > 0:
+        try:
+            found = await transport.receive_many(1, wait_s=left)
+        except EndOfStream:
+            return False
+        if found and found[0].type == HEALTH_PONG:
+            return True
+    return False

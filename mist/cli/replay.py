@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from mist.cli.scan import PARTIAL, Scan, filter_of
 from mist.cli.session import STREAMLESS, Session, current
 from mist.errors import InvalidArgument
 from mist.protocol.url import has_scheme, parse_url
+
+if TYPE_CHECKING:
+    from mist.transport import Transport
 
 BATCH = 500
 
@@ -130,13 +133,13 @@ class _Stream(_Destination):
 
 
 class _Wire(_Destination):
-    def __init__(self, transport: object) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
     async def send(self, views: list[View]) -> None:
         envelopes = [v.envelope for v in views if v.envelope is not None]
         self.refused += len(views) - len(envelopes)
-        await self._transport.send_many(envelopes)  # type: ignore[attr-defined]
+        await self._transport.send_many(envelopes)
 
 
 def _message(record: Record) -> Message:
