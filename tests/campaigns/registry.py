@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from . import faults
+from . import bugbank, faults
 from .blocks import fuzz_blocks
 from .campaign import Campaign, Report, Run
 from .checkpoints import c08
@@ -38,6 +38,8 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C01", "kill -9 of writers, 4 producers, group commit", "kills", 20, 1000, c01),
     Campaign("C02", "simulated power cuts", "crash states", 2000, 100_000, _simulated(faults.c02, "states")),
     Campaign("C03", "torn tail at every byte of 16 blocks", "cuts", 0, 0, _simulated(faults.c03, "cuts")),
+    Campaign("C04", "every bit of a 64 KiB segment", "flips", 5000, 0, _simulated(faults.c04, "bits")),
+    Campaign("C05", "the k-th operation fails", "faults", 0, 0, _simulated(faults.c05, "faults")),
     Campaign("C06", "really full file system", "rounds", 5, 100, c06),
     Campaign("C07", "16 processes, one stopped or killed", "rounds", 5, 200, c07),
     Campaign("C08", "kill while saving checkpoints", "kills", 50, 5000, c08),
@@ -45,6 +47,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C13", "1 % poison", "messages", 10_000, 100_000, c13),
     Campaign("C14", "one consumer 100 times slower", "s in one run", 15, 600, c14, longest=True),
     Campaign("C19b", "fuzz: the log's bytes", "inputs", 24_000, 10_000_000, fuzz_blocks),
+    Campaign("C31", "bug bank", "bugs caught", 0, 0, _simulated(bugbank.c31, "caught")),
     Campaign("SOAK", "4 processes share a consumer", "records", 1, 1_000_000, soak),
 )
 
