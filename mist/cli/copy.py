@@ -61,7 +61,7 @@ async def command(
         position = await resume_after(session, sink, key, source.incarnation, restart=restart)
         after = await bounds.after(source, checkpoints, info) if position is None else position
         scan = Scan(session, source, filters, after=after, to=to, from_start=position is None and bounds.start is None)
-        transfer = Transfer(session, scan, sink, key=key, incarnation=source.incarnation, rate=rate)
+        transfer = Transfer(scan, sink, key=key, incarnation=source.incarnation, rate=rate)
         session.resume = "the same command goes on where this one stopped"
         with session.out.progress("copying", (info.last if to is None else to) - after) as progress:
             await transfer.run(progress)

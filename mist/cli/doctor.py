@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ from mist.protocol.url import Url
 
 DISK_BYTES_MIN = 1024**3
 LAG_WARN_S = 60.0
+LOCK_WAIT_S = 1.0
 UNREACHABLE = 7
 PROBLEM = 10
 
@@ -110,3 +112,29 @@ def _disk(path: Path, say: Any) -> None:
     say("disk", state, f"{usage.free / 1024**3:.1f} GiB free of {usage.total / 1024**3:.1f} GiB at {place.resolve()}")
     if path.exists() and not os.access(path, os.W_OK):
         say("disk", "fail", f"{path} cannot be written by this user")
+    _locks(path, say)
+
+
+def _locks(path: Path, say: Any) -> None:
+    """Is a lock of the log held for long? Every writer holds one for milliseconds; a stopped process holds it for ever."""
+    for lock in sorted({*path.glob("*.lock"), *path.glob("streams/*/lock")}):
+        until = time.monotonic() + LOCK_WAIT_S
+        try:
+            with lock.open("rb") as file:
+                while not _free(file.fileno()):
+                    if time.monotonic() > until:
+                        say("locks", "fail", f"{lock} is held; a stopped process? `fuser {lock}` names it")
+                        break
+                    time.sleep(0.02)
+        except OSError as exc:
+            say("locks", "fail", f"{lock}: {exc.strerror}")
+
+
+def _free(descriptor: int) -> bool:
+    """Whether a shared lock can be had, without keeping it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return True

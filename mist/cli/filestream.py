@@ -249,7 +249,7 @@ class FileStream(Stream):
         warnings = ("the last line is not complete",) if self._torn else ()
         return StreamInfo(
             name=self.name, incarnation=self.incarnation, first=1, last=last, records=last - self._blank, bytes=self._end,
-            durability="power", capabilities=CAPABILITIES, config=StreamConfig(), warnings=warnings,
+            durability="process", capabilities=CAPABILITIES, config=StreamConfig(), warnings=warnings,
             created_ns=int(self.path.stat().st_mtime_ns),
         )  # fmt: skip
 

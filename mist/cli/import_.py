@@ -74,7 +74,7 @@ async def _import(
         sink = await open_sink(session, stream, "", stack)
         position = await resume_after(session, sink, key, source.incarnation, restart=restart)
         scan = Scan(session, source, compile_filter(), after=min(position or 0, info.last))
-        transfer = Transfer(session, scan, sink, key=key, incarnation=source.incarnation, rate=rate)
+        transfer = Transfer(scan, sink, key=key, incarnation=source.incarnation, rate=rate)
         session.resume = "the same command goes on where this one stopped"
         with session.out.progress("importing", info.last - scan.position) as progress:
             await transfer.run(progress)

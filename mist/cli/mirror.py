@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Annotated
 
@@ -56,13 +56,16 @@ async def command(
         scan = Scan(
             session, source, filters, after=after, follow=not until_idle, from_start=position is None,
         )  # fmt: skip
-        transfer = Transfer(session, scan, sink, key=key, incarnation=source.incarnation, rate=rate)
+        transfer = Transfer(scan, sink, key=key, incarnation=source.incarnation, rate=rate, follow=True)
         reporter = _Reporter(session, source, sink, scan, transfer, src, every)
         session.resume = "the same command goes on where this one stopped"
+        watching = asyncio.create_task(reporter.run())
         try:
             with session.out.progress("mirroring") as progress:
-                await transfer.run(progress, each=reporter.maybe)
+                await transfer.run(progress)
         finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             await reporter.now()
         session.resume = ""
 
@@ -80,11 +83,10 @@ class _Reporter:
         self._transfer = transfer
         self._name = name
         self._every = every
-        self._next = time.monotonic() + every
 
-    async def maybe(self) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + self._every
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(self._every)
             await self.now()
 
     async def now(self) -> None:

@@ -27,8 +27,8 @@ from msgspec import Struct
 from mist.broker.base import Broker, Checkpoint, Headers, Message, Record, Stream
 from mist.cli.filestream import FileStream
 from mist.cli.records import View
-from mist.cli.render import seq
-from mist.cli.scan import PARTIAL, Scan
+from mist.cli.render import Progress, seq
+from mist.cli.scan import PAGE, PARTIAL, Scan
 from mist.cli.session import Session
 from mist.errors import InvalidArgument, Malformed, MistError, WrongIncarnation
 from mist.protocol.envelope import Envelope
@@ -321,20 +321,20 @@ class Transfer:
     """One run from `scan` into `sink`."""
 
     def __init__(
-        self, session: Session, scan: Scan, sink: Sink, *, key: str, incarnation: str, rate: float | None
+        self, scan: Scan, sink: Sink, *, key: str, incarnation: str, rate: float | None, follow: bool = False
     ) -> None:
-        self._session = session
         self._scan = scan
         self._sink = sink
         self._key = key
         self._incarnation = incarnation
         self._rate = rate
+        self._follow = follow
         self._unsaved: int | None = None
         self._next_save = time.monotonic() + SAVE_EVERY_S
         self.moved = 0
         self.last_time_ns = 0
 
-    async def run(self, progress: Any, *, each: Any = None) -> None:
+    async def run(self, progress: Progress) -> None:
         """Move everything the scan gives. The place is saved twice a second, at the end, and when interrupted."""
         begun = time.monotonic()
         start = self._scan.position
@@ -355,8 +355,8 @@ class Transfer:
                     if time.monotonic() >= self._next_save:
                         await self._save()
                 progress.at(self._scan.position - start)
-                if each is not None:
-                    await each()
+                if self._follow and len(records) < PAGE:
+                    await self._save()  # at the end: it may be long until there is more
             self._unsaved = self._scan.position
         finally:
             await self._save()

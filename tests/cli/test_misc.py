@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -182,6 +183,18 @@ def test_doctor(cli: Cli, url: str, home: Path, monkeypatch: pytest.MonkeyPatch)
     (home / "file").write_text("")
     monkeypatch.setenv("MIST_TYPO", "1")
     assert "MIST_TYPO" in cli("-u", url, "doctor").out
+
+
+def test_doctor_finds_a_held_lock(cli: Cli, log: str) -> None:
+    """A lock that nobody lets go of is named, with exit code 10."""
+    fill(log, "s", 1)
+    lock = Path(log[4:]) / "streams" / "s" / "lock"
+    with lock.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = cli("-u", log, "doctor", "-j")
+    assert result.code == 10
+    assert any(r["check"] == "locks" and str(lock) in r["detail"] for r in result.json)
+    assert cli("-u", log, "doctor").code == 0
 
 
 def test_version(cli: Cli) -> None:
