@@ -16,7 +16,7 @@ from mist.cli.options import FilterOptions, RangeOptions
 from mist.cli.position import START, Position, after_of, last_of, parse_position, since_position
 from mist.cli.records import View
 from mist.cli.session import Session
-from mist.errors import DataLoss, InvalidArgument, SequenceExpired
+from mist.errors import DataLoss, Internal, InvalidArgument, SequenceExpired
 
 PAGE = 1000
 FOLLOW_WAIT_S = 30.0
@@ -129,7 +129,7 @@ class Scan:
                 views.append(view)
         at = max(page.scanned, self.position)
         if at == self.position and not self._follow and not page.records and at < page.last:
-            raise InvalidArgument(f"stream {self._stream.name}: the broker does not get past {at}")
+            raise Internal(f"stream {self._stream.name}: reading does not get past {at}")
         if at == self.position and not self._follow:
             return views, end if end is not None else at  # trimmed or deleted under us: the end moved here
         return views, at if end is None else min(at, end)

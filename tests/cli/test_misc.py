@@ -7,13 +7,15 @@ import io
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.conftest import Cli, envelope, fill
+from cli.conftest import ROOT, Cli, envelope, fill
 from mist.cli.completion import candidates
 from mist.cli.validate import document_end, documents
 from mist.config import Layer, MistConfig, env_layers, merge, unknown_variables
@@ -241,3 +243,19 @@ def test_completion_is_silent_about_everything(cli: Cli, home: Path, monkeypatch
 def test_scripts_call_us_back(cli: Cli, shell: str) -> None:
     """Every script asks `mist __complete`."""
     assert "mist __complete" in cli.ok("completion", shell).out
+
+
+def test_bash_completes_with_our_script(cli: Cli, log: str, tmp_path: Path) -> None:
+    """The script works in a real bash: names of streams, verbs of a noun."""
+    fill(log, "spans", 1)
+    (tmp_path / "mist").write_text(f'#!/bin/sh\nexec {sys.executable} -m mist "$@"\n')
+    (tmp_path / "mist").chmod(0o755)
+    (tmp_path / "script").write_text(cli.ok("completion", "bash").out)
+    code = (
+        f"source {tmp_path}/script; "
+        'COMP_WORDS=(mist tail sp); COMP_CWORD=2; _mist_complete; echo "${COMPREPLY[@]}"; '
+        'COMP_WORDS=(mist cursor ""); COMP_CWORD=2; _mist_complete; echo "${COMPREPLY[@]}"'
+    )
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MIST_URL": log, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "spans\nexport import ls rm set show\n"
