@@ -282,6 +282,8 @@ class _Block:
         self.window = window
         self.now = journal.clock.time_ns()
         self.next = journal.tail.durable + 1
+        # a batch without ids needs no window, so it did not bring it up to date: what it lacks must still be read
+        self.current = window.upto == journal.tail.durable
         self.parts: list[tuple[_Append, int]] = []
         self.messages: list[Message] = []
         self.size = 0
@@ -421,4 +423,5 @@ class _Block:
             raise
         for request, stored in parts:
             request.stored = stored
-        self.window.upto = self.next - 1
+        if self.current:
+            self.window.upto = self.next - 1

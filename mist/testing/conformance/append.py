@@ -230,6 +230,30 @@ class Append(Harness):
         assert more[:20] == first
         assert len(await read_all(stream)) == 22
 
+    @case("append", "dedupe", "persistent")
+    async def test_ids_survive_appends_without_ids(self, env: Env) -> None:
+        """After a restart, appending without ids first does not make the stream forget the ids before it."""
+        stream = await env.stream()
+        first = await stream.append(messages(5, ids="i"))
+        await env.restart()
+        stream = await env.stream()
+        await stream.append(messages(3, start=5))
+        assert await stream.append(messages(5, ids="i")) == first
+        assert len(await read_all(stream)) == 8
+
+    @case("append", "dedupe", "threads")
+    async def test_ids_of_another_connection(self, env: Env) -> None:
+        """What another connection stored is known here, also when only appends without ids came in between."""
+        here = await env.stream()
+        there = await (await env.another()).open(env.name())
+        for n in range(4):
+            first = await there.append(messages(3, start=3 * n, ids="i"))
+            await here.append(messages(n, subject="plain"))
+            assert await here.append(messages(3, start=3 * n, ids="i")) == first
+            mine = await here.append(messages(2, start=2 * n, ids="h"))
+            await there.append(messages(1, subject="plain"))
+            assert await there.append(messages(2, start=2 * n, ids="h")) == mine
+
     @case("append", "dedupe")
     async def test_the_window_by_count(self, env: Env) -> None:
         """The last `dedupe_ids_max` ids are known; an id far behind them is new. Or the setting is refused."""
