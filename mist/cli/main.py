@@ -11,6 +11,7 @@ for a verb) and add one line to COMMANDS. Its functions get the session from `mi
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The console script's entry point."""
     from mist.cli import render
 
+    _fill_standard_streams()
     args = list(sys.argv[1:] if argv is None else argv)
     render.active = None
     out = render.Output(format=_wanted_format(args), verbose="-v" in args or "--verbose" in args)
@@ -165,6 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as exc:  # the boundary: whatever gets here is our bug, and is printed
         (render.active or out).bug(exc)
         return CODES["internal"].exit
+
+
+def _fill_standard_streams() -> None:
+    """Give standard streams that were closed the null device: a file opened later must not become one of them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _wanted_format(args: Sequence[str]) -> str | None:

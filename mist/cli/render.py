@@ -8,6 +8,7 @@ escaped in tables; sequences above 2^53 are strings in JSON. A broken pipe trave
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import select
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO, Self, TextIO
 
 import msgspec
 
-from mist.errors import MistError
+from mist.errors import MistError, NotFound, StorageFull, TransportError
 
 FORMATS = ("table", "json", "jsonl", "csv", "raw")
 SAFE_INTEGER = 2**53
@@ -146,7 +147,21 @@ class Output:
         self.write(text.encode("utf-8", "backslashreplace"))
 
     def flush(self) -> None:
-        """Everything written so far is handed to the system. Raises BrokenPipeError when the reader is gone."""
+        """Everything written so far is handed to the system.
+
+        Raises BrokenPipeError when the reader is gone, StorageFull or TransportError when it cannot be written.
+        """
+        try:
+            self._flush()
+        except BrokenPipeError:
+            raise
+        except OSError as exc:
+            self.abandon()
+            full = exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            kind = StorageFull if full else TransportError
+            raise kind(f"standard output: {exc.strerror}", hint="what was printed is not complete") from exc
+
+    def _flush(self) -> None:
         data, self._pending = self._pending, bytearray()
         if self._bytes is not None:
             self._out.flush()
@@ -285,9 +300,8 @@ class Output:
             body = {"code": exc.code, "message": exc.message, "hint": exc.hint, "retryable": exc.retryable}
             self._err.write(msgspec.json.encode({"error": body}).decode() + "\n")
         else:
-            why = f": {exc.__cause__}" if _tells_more(exc) else ""
-            first, _, more = f"{exc.message}{why}".partition("\n")
-            line = ". ".join(p.rstrip(".") for p in (escape(first), escape(exc.hint)) if p)
+            first, _, more = f"{exc.message}{_why(exc)}".partition("\n")
+            line = joined(escape(first), escape(exc.hint))
             self._err.write(f"{self.strong('error:', err=True)} {line}\n" + (f"{more}\n" if more else ""))
         self._err.flush()
 
@@ -434,10 +448,21 @@ def _pretty(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
-def _tells_more(exc: MistError) -> bool:
-    """Whether the cause says something that the message does not."""
+def joined(what: str, next_step: str) -> str:
+    """`what. next step`, whatever the first ends with."""
+    what, next_step = what.rstrip("."), next_step.rstrip(".")
+    if not what or not next_step:
+        return what or next_step
+    return f"{what}{' ' if what[-1] in '?!' else '. '}{next_step}"
+
+
+def _why(exc: MistError) -> str:
+    """What the cause says that the message does not."""
     cause = exc.__cause__
-    return isinstance(cause, OSError) and cause.strerror is not None and cause.strerror not in exc.message
+    if not isinstance(cause, OSError) or isinstance(exc, NotFound):
+        return ""
+    said = cause.strerror or str(cause)
+    return "" if said in exc.message else f": {said}"
 
 
 def _is_terminal(stream: Any) -> bool:
