@@ -10,7 +10,16 @@ import typer
 from mist.cli.options import DryRun, FilterOptions, RangeOptions, Rate
 from mist.cli.scan import Bounds, Scan, filter_of
 from mist.cli.session import current
-from mist.cli.transfer import Transfer, open_sink, report, resume_after, source_url, strict, transfer_key
+from mist.cli.transfer import (
+    Transfer,
+    open_sink,
+    refuse_itself,
+    report,
+    resume_after,
+    source_url,
+    strict,
+    transfer_key,
+)
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="A stream's name, URL?stream=NAME, or file:PATH.")]
 Destination = Annotated[
@@ -58,6 +67,7 @@ async def command(
                 session.fail_with(DIFFERENT)
             return
         sink = await open_sink(session, dst, source.name if broker is not None else "", stack)
+        refuse_itself(broker, source, sink)
         position = await resume_after(session, sink, key, source.incarnation, restart=restart)
         after = await bounds.after(source, checkpoints, info) if position is None else position
         scan = Scan(session, source, filters, after=after, to=to, from_start=position is None and bounds.start is None)

@@ -15,7 +15,16 @@ from mist.cli.options import FilterOptions, Rate
 from mist.cli.render import seq
 from mist.cli.scan import Scan, filter_of
 from mist.cli.session import Session, current
-from mist.cli.transfer import Sink, Transfer, open_sink, resume_after, source_url, strict, transfer_key
+from mist.cli.transfer import (
+    Sink,
+    Transfer,
+    open_sink,
+    refuse_itself,
+    resume_after,
+    source_url,
+    strict,
+    transfer_key,
+)
 from mist.errors import InvalidArgument
 
 EVERY_S = 5.0
@@ -51,6 +60,7 @@ async def command(
     key = transfer_key("mirror", source_url(session, src), repr(wanted) if wanted != type(wanted)() else "")
     async with AsyncExitStack() as stack:
         sink = await open_sink(session, dst, source.name if broker is not None else "", stack)
+        refuse_itself(broker, source, sink)
         position = await resume_after(session, sink, key, source.incarnation, restart=restart)
         after = info.first - 1 if position is None else position
         scan = Scan(

@@ -32,7 +32,7 @@ from mist.cli.scan import PAGE, PARTIAL, Scan
 from mist.cli.session import Session
 from mist.errors import InvalidArgument, Malformed, MistError, WrongIncarnation
 from mist.protocol.envelope import Envelope
-from mist.protocol.url import Url
+from mist.protocol.url import Url, parse_url
 
 if TYPE_CHECKING:
     from mist.transport import Transport
@@ -99,14 +99,14 @@ class StreamSink(Sink):
     def __init__(self, broker: Broker, stream: Stream) -> None:
         self.name = f"{stream.name} in {broker.url}"
         self.stream = stream
-        self._broker = broker
+        self.broker = broker
         self._digest = hashlib.sha256()
         self._ranges: list[list[int]] = []
         self._last = 0
         self._tail: set[str] = set()
 
     async def place(self, key: str) -> Place | None:
-        checkpoints, name = self._broker.checkpoints, self.stream.name
+        checkpoints, name = self.broker.checkpoints, self.stream.name
         self._last = (await self.stream.info()).last
         found = await checkpoints.load(name, key)
         if found is None:
@@ -142,7 +142,7 @@ class StreamSink(Sink):
 
     async def save(self, key: str, place: Place) -> None:
         # the source's place first: a crash in between leaves an old `-at`, whose longer tail is read back harmlessly
-        name, checkpoints = self.stream.name, self._broker.checkpoints
+        name, checkpoints = self.stream.name, self.broker.checkpoints
         await checkpoints.save(
             Checkpoint(stream=name, name=key, incarnation=place.incarnation, sequence=place.sequence), force=True
         )
@@ -153,7 +153,7 @@ class StreamSink(Sink):
 
     async def forget(self, key: str) -> None:
         for each in (key, f"{key}-at"):
-            await self._broker.checkpoints.delete(self.stream.name, each)
+            await self.broker.checkpoints.delete(self.stream.name, each)
 
     async def check(self) -> str:
         back = hashlib.sha256()
@@ -308,6 +308,20 @@ async def open_sink(session: Session, text: str, default_name: str, stack: Any) 
         raise InvalidArgument(f"{url.redacted()}: which stream?", hint="add ?stream=NAME")
     broker = await session.connect(url, create=True)
     return StreamSink(broker, await broker.open(name))
+
+
+def refuse_itself(broker: Broker | None, source: Stream, sink: Sink) -> None:
+    """Raise InvalidArgument when a stream is to be copied onto itself: past the dedupe window that doubles it."""
+    if broker is None or not isinstance(sink, StreamSink):
+        return
+    one, other = (_place(b) for b in (broker, sink.broker))
+    if one == other and source.name == sink.stream.name and source.incarnation == sink.stream.incarnation:
+        raise InvalidArgument("source and destination are the same stream", hint="name another stream or broker")
+
+
+def _place(broker: Broker) -> str:
+    url = parse_url(broker.url)
+    return str(Path(url.target).resolve()) if url.scheme == "log" else broker.url
 
 
 def strict(session: Session, stream: Stream) -> Stream:
