@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -75,10 +76,14 @@ async def command(
     scan = Scan(session, source, filter_of(wanted), after=after, to=to, limit=count, from_start=replay.from_ == "start")
     pace = _Pace(factor)
     sent = 0
-    where = f" --to {replay.to}" if replay.to else ""
+    where = f" --to {shlex.quote(replay.to)}" if replay.to else ""
+
+    def resume(after: int) -> str:
+        return f"resume with: {session.again(f'replay {shlex.quote(stream)} --from +{after}{where}')}"
+
     async with AsyncExitStack() as stack:
         destination = await _destination(session, replay.to, select, stack)
-        session.resume = f"resume with: mist replay {stream} --from +{after}{where}"
+        session.resume = resume(after)
         with session.out.progress("replaying", to - after) as progress:
             async for page in scan.pages():
                 at = 0
@@ -87,7 +92,7 @@ async def command(
                     await destination.send(page[at:ready])
                     sent += ready - at
                     at = ready
-                    session.resume = f"resume with: mist replay {stream} --from +{page[at - 1].record.sequence}{where}"
+                    session.resume = resume(page[at - 1].record.sequence)
                 progress.at(scan.position - after)
         session.resume = ""
     if destination.refused:

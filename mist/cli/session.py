@@ -6,6 +6,7 @@ creates a stream or a directory unless `create` says so.
 
 from __future__ import annotations
 
+import shlex
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from pathlib import Path
@@ -58,6 +59,11 @@ class Session:
         """End with this exit code, unless an earlier one was more serious (8 damage, 9 partial, 10 condition)."""
         self.exit_code = self.exit_code or code
 
+    def again(self, command: str) -> str:
+        """A command line that goes to the same broker as this one."""
+        flag = self.origins.get("url") == "flag"
+        return f"mist {f'-u {shlex.quote(self.url.redacted())} ' if flag else ''}{command}"
+
     def say_resume(self) -> None:
         """Print how to go on, where a command that reads was stopped."""
         if self.resume:
@@ -70,6 +76,8 @@ class Session:
         key = url.without_query()
         broker = self._brokers.get(key)
         if broker is None:
+            if url.scheme in STREAMLESS or url.scheme == "file":
+                raise _no_broker(url)
             if not create and _absent(url):
                 raise NotFound(
                     f"no log in {url.target}",
@@ -103,9 +111,12 @@ class Session:
             raise InvalidArgument(f"{url.redacted()}: which stream?", hint=f"write {url.redacted()}?stream=NAME")
         broker = await self.connect(url, create=create)
         try:
-            return broker, await broker.open(name, create=create)
+            opened = await broker.open(name, create=create)
         except NotFound as exc:
             raise await self.no_stream(broker, name) from exc
+        if create and url.scheme == "memory":
+            self.out.note(f"{url} ends with this command, and what is stored there with it")
+        return broker, opened
 
     def target(self, text: str) -> tuple[Url, str]:
         """URL and stream name of a stream argument; `?stream=` of -u is used when the argument is empty."""
@@ -146,8 +157,21 @@ class Session:
 
 
 def _absent(url: Url) -> bool:
-    """Whether opening this URL would make something new on disk."""
-    return url.scheme == "log" and bool(url.target) and not (Path(url.target) / "streams").is_dir()
+    """Whether opening this URL would make something new on disk. A file in its place is the adapter's to refuse."""
+    if url.scheme != "log" or not url.target or Path(url.target).is_file():
+        return False
+    return not (Path(url.target) / "streams").is_dir()
+
+
+def _no_broker(url: Url) -> InvalidArgument:
+    """The sentence for a transport's URL where a broker's is wanted."""
+    if url.scheme == "file":
+        return InvalidArgument(
+            f"{url}: is one file, not a broker", hint=f"name it as the stream: `mist tail {shlex.quote(str(url))}`"
+        )
+    return InvalidArgument(
+        f"{url.redacted()}: {url.scheme}: keeps no streams", hint="`mist relay` and `mist ping` take such a URL"
+    )
 
 
 def start(given: dict[str, Any]) -> Session:
@@ -179,7 +203,9 @@ def _seconds(value: Any) -> float:
     try:
         seconds = float(value)
     except ValueError:
-        raise InvalidArgument(f"--timeout {value!r} is not a number of seconds") from None
+        raise InvalidArgument(
+            f"--timeout {value!r} is not a number of seconds", hint="for example --timeout 30"
+        ) from None
     if not 0 < seconds < 1e9:
         raise InvalidArgument(f"--timeout {value} cannot be right", hint="a positive number of seconds")
     return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from mist.broker.base import Broker, Checkpoint, Stream
 from mist.cli.emit import Emitter
 from mist.cli.options import FilterOptions, RangeOptions, Select, StreamArg
 from mist.cli.scan import Bounds, Scan, explain_empty, filter_of, last_matching
-from mist.cli.session import current
+from mist.cli.session import Session, current
 from mist.errors import InvalidArgument
 from mist.protocol.subject import check_name
 
@@ -77,11 +78,11 @@ async def command(
             session, source, filters, after=after, to=to, limit=limit, follow=follow,
             from_start=bounds.start is not None and bounds.start.kind == "start",
         )  # fmt: skip
-        session.resume = _resume(stream, after)
+        session.resume = _resume(session, stream, after)
         try:
             async for page in scan.pages():
                 emitter.views(page)
-                session.resume = _resume(stream, scan.position)
+                session.resume = _resume(session, stream, scan.position)
                 await saver.at(scan.position)
         finally:
             await saver.at(scan.position, last=True)
@@ -90,8 +91,8 @@ async def command(
             explain_empty(session, source, info, scan, where)
 
 
-def _resume(stream: str, after: int) -> str:
-    return f"resume with: mist tail {stream} --from +{after}"
+def _resume(session: Session, stream: str, after: int) -> str:
+    return f"resume with: {session.again(f'tail {shlex.quote(stream)} --from +{after}')}"
 
 
 class _Saver:

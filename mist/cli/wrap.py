@@ -22,6 +22,7 @@ from mist.cli.main import COMMANDS
 from mist.cli.options import GlobalOptions, OptionGroup
 from mist.cli.run import Interrupted, run
 from mist.cli.session import Session, start
+from mist.errors import SequenceExpired
 
 EPILOG = "Global options (-u -o -j -y --no-input -q -v --timeout) are accepted here too: see `mist --help`."
 _GLOBAL = "global_"
@@ -155,6 +156,9 @@ def finish(session: Session, work: Callable[[], Any]) -> int:
         session.say_resume()
         return 128 + exc.number
     except BrokenPipeError:
+        raise
+    except SequenceExpired:
+        session.out.flush()  # going on from there would meet the same error
         raise
     except BaseException:
         session.out.flush()

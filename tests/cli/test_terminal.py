@@ -157,7 +157,7 @@ def test_a_signal_flushes_saves_and_tells_how_to_resume(
     process.send_signal(number)  # as `timeout` does: the process and its group
     err = process.stderr.read().decode()
     assert process.wait(LIMIT_S) == code
-    assert err == "resume with: mist tail s --from +2000\n"
+    assert err == f"resume with: mist -u {log} tail s --from +2000\n"
     assert cli.ok("-u", log, "cursor", "show", "s", "me", "-j").json["sequence"] == 2000
 
 
