@@ -104,7 +104,7 @@ def _overlay(
         try:
             into[key] = msgspec.convert(value, kind, strict=not isinstance(value, str))
         except msgspec.ValidationError as exc:
-            raise InvalidArgument(f"{origin}: {dotted}: {exc}") from exc
+            raise InvalidArgument(f"{origin}: {dotted} = {str(value)[:40]!r}: {exc}") from exc
         origins[dotted] = origin
 
 

@@ -283,7 +283,7 @@ class SequenceExpired(MistError):
     def __init__(self, *, after: int, first: int, stream: str = "") -> None:
         super().__init__(
             f"stream {stream}: sequence {after + 1} is gone, the first kept one is {first}",
-            hint=f"continue with after={first - 1}, accepting the gap",
+            hint=f"continue with after={first - 1} (--from start), accepting the gap",
             meta={"after": str(after), "first": str(first)},
         )
         self.after = after
@@ -313,7 +313,7 @@ class DataLoss(MistError):
     def __init__(self, *, first: int, last: int, resume_after: int, stream: str = "", why: str = "damaged") -> None:
         super().__init__(
             f"stream {stream}: records {first} to {last} are {why}",
-            hint=f"`mist stream verify {stream}` shows all damage; continue with after={resume_after}",
+            hint=f"`mist stream verify {stream}` shows all damage; continue with after={resume_after} (--from +{resume_after})",
             meta={"first": str(first), "last": str(last), "resume_after": str(resume_after)},
         )
         self.first = first

@@ -34,5 +34,5 @@ def check_advance(stored: Checkpoint, new: Checkpoint) -> None:
     if new.sequence < stored.sequence:
         raise CheckpointRegression(
             f"checkpoint {new.name} of stream {new.stream} is at {stored.sequence}, {new.sequence} would go back",
-            hint="use force to move it back on purpose",
+            hint="force=True (--force) moves it back on purpose",
         )

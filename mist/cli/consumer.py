@@ -132,7 +132,7 @@ async def info(stream: First, consumer: Second = "") -> None:
     row = shape(await found.info())
     if session.out.format == "table":
         config = row.pop("config")
-        row["config"] = " ".join(f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in config.items())
+        row["config"] = " ".join(f"{k}={','.join(v) if isinstance(v, (list, tuple)) else v}" for k, v in config.items())
     session.out.item(row)
 
 

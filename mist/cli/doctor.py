@@ -109,7 +109,7 @@ def _disk(path: Path, say: Any) -> None:
         place = place.parent
     usage = shutil.disk_usage(place)
     state = "ok" if usage.free >= DISK_BYTES_MIN else "warn"
-    say("disk", state, f"{usage.free / 1024**3:.1f} GiB free of {usage.total / 1024**3:.1f} GiB at {place.resolve()}")
+    say("disk", state, f"{_size(usage.free)} free of {_size(usage.total)} at {place.resolve()}")
     if path.exists() and not os.access(path, os.W_OK):
         say("disk", "fail", f"{path} cannot be written by this user")
     _locks(path, say)
@@ -138,3 +138,7 @@ def _free(descriptor: int) -> bool:
         return False
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     return True
+
+
+def _size(count: int) -> str:
+    return f"{count / 1024**3:.1f} GiB" if count >= 1024**3 else f"{count / 1024**2:.1f} MiB"

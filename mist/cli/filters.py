@@ -30,6 +30,7 @@ from mist.protocol.subject import check_filter, matcher
 
 Predicate = Callable[[View], bool]
 EXPRESSION_CHARS_MAX = 4000
+EXAMPLE = "for example 'payload.attrs.latency_ms>500 and source=api'"
 DEPTH_MAX = 50
 REGEX_LIMIT_S = 1.0
 
@@ -170,7 +171,9 @@ def tokens(expression: str) -> list[_Token]:
     while at < end:
         match = _TOKEN.match(expression, at)
         if match is None or match.end() == at:
-            raise InvalidArgument(f"--where: cannot read {expression[at : at + 20].strip()!r} in {expression[:80]!r}")
+            raise InvalidArgument(
+                f"--where: cannot read {expression[at : at + 20].strip()!r} in {expression[:80]!r}", hint=EXAMPLE
+            )
         kind = match.lastgroup or ""
         out.append(_Token(kind, match[kind], match.start(kind)))
         at = match.end()
@@ -195,7 +198,7 @@ class _Parser:
         where = self._tokens[self._at].text if self._at < len(self._tokens) else "the end"
         return InvalidArgument(
             f"--where: {what} at {where!r} in {self._expression[:80]!r}",
-            hint="for example 'payload.attrs.latency_ms>500 and source=api'",
+            hint=EXAMPLE,
         )
 
     def _peek(self) -> str:

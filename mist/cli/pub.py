@@ -74,9 +74,15 @@ async def command(
         return
     if repeat > 1 and fields.id:
         raise InvalidArgument("--id and --repeat exclude each other", hint="the same id is stored once")
-    payload = _payload(
-        _stdin(session).read(SIZE_BYTES_MAX + 1) if body == "-" else body.encode("utf-8", "surrogateescape")
-    )
+    if body == "-":
+        data = _stdin(session).read(SIZE_BYTES_MAX + 1)
+        if not data:
+            raise InvalidArgument(
+                "nothing to publish: standard input is empty", hint="give a BODY; '\"\"' is an empty one"
+            )
+    else:
+        data = body.encode("utf-8", "surrogateescape")
+    payload = _payload(data)
     subject = check_subject(fields.subject or subject_for(fields.type))
     first = _message(fields, payload, subject)
     target = await session.stream(stream, create=True)
@@ -88,7 +94,12 @@ async def command(
             part = min(step, repeat - len(sequences))
             messages = [first if repeat == 1 else _message(fields, payload, subject) for _ in range(part)]
             await pace.wait(part)
-            sequences.extend(await target.append(messages))
+            try:
+                sequences.extend(await target.append(messages))
+            except BaseException:
+                if sequences:
+                    session.out.note(f"{len(sequences):,} of {repeat:,} were stored in {target.name} before that")
+                raise
             progress.at(len(sequences))
     if repeat == 1:
         row = {"stream": target.name, "sequence": seq(sequences[0]), "id": first.id, "subject": first.subject}
@@ -214,7 +225,7 @@ def _summary(
 ) -> None:
     if session.out.format == "table":
         more = f", {repeated:,} repeated" if repeated else ""
-        more += f", {invalid:,} lines refused" if invalid else ""
+        more += f", {invalid:,} line{'s' * (invalid != 1)} refused" if invalid else ""
         session.out.note(f"{published:,} stored in {stream.name}{more}")
         return
     session.out.item(

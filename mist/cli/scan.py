@@ -164,7 +164,7 @@ async def last_matching(session: Session, stream: Stream, wanted: Filter, count:
 def explain_empty(session: Session, stream: Stream, info: StreamInfo, scan: Scan | None, where: str) -> None:
     """Why nothing was shown, on stderr."""
     if info.records == 0:
-        more = f"; its {info.last} records are gone" if info.last else ""
+        more = "; what it held is gone" if info.last else ""
         session.out.note(f"stream {stream.name} in {where} is empty{more}")
     else:
         session.out.note(f"no record of stream {stream.name} in {where} matches (it holds {info.first} to {info.last})")

@@ -95,6 +95,8 @@ async def connect(
                 raise InvalidArgument(f"log:{url.target} is a file, not a directory")
             _make_directory(files, path)
         kind = _file_system(path)
+    except NotADirectoryError as exc:
+        raise InvalidArgument(f"log:{url.target} leads through a file") from exc
     except OSError as exc:
         raise storage_error(exc, f"log:{url.target}") from exc
     if kind in _NETWORK_FS:

@@ -106,7 +106,9 @@ os.register_at_fork(after_in_child=_forked)
 def storage_error(exc: OSError, what: str) -> MistError:
     """An OS error as ours, for an operation that certainly left nothing behind."""
     if exc.errno in _FULL:
-        return StorageFull(f"{what}: {exc.strerror}", hint="free space or trim streams; reading still works")
+        return StorageFull(
+            f"{what}: {exc.strerror}", hint="free space or trim streams (`mist stream purge`); reading still works"
+        )
     return Unavailable(f"{what}: {exc.strerror or exc}", hint="`mist doctor` shows the state of the disk")
 
 
