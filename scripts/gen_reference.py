@@ -238,7 +238,8 @@ def transport_sections() -> list[str]:
     out = [
         "## Transports",
         "",
-        "`mist.transport.dial(url)` gives three verbs over every URL: `send`, `receive`, `close`. What all of them promise:",
+        "`mist.transport.dial(url)` gives three verbs over every URL: `send`, `receive`, `close`",
+        "([how to use them](transports.md)). What all of them promise:",
         "",
         *block(base.split("\n\n", 1)[1]),
     ]
