@@ -410,9 +410,8 @@ class LogStream(Stream):
             if now >= until:
                 return page
             after = page.scanned
-            self.watch()
-            if self._page(after, match, limit, bytes_max).records:
-                continue  # it came between the read and the watch
+            if self.watch():
+                continue  # something may have come between the read and the watch
             await self.changed.wait(generation, until - now)
 
     def _page(self, after: int, match: Any, limit: int, bytes_max: int) -> Page:
@@ -421,13 +420,15 @@ class LogStream(Stream):
         except OSError as exc:
             raise storage_error(exc, f"stream {self.name}: read") from exc
 
-    def watch(self) -> None:
-        """Start to notice what other processes publish."""
-        if self._watch is None:
-            try:
-                self._watch = Watch(os.path.join(self.journal.path, "tail"), self.changed.notify)
-            except OSError as exc:
-                raise storage_error(exc, f"stream {self.name}: inotify") from exc
+    def watch(self) -> bool:
+        """Notice from now on what other processes publish. True when this call began it: look once more."""
+        if self._watch is not None:
+            return False
+        try:
+            self._watch = Watch(os.path.join(self.journal.path, "tail"), self.changed.notify)
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: inotify") from exc
+        return True
 
     async def _expire(self) -> None:
         age = self.journal.config.age_s_max
@@ -548,7 +549,8 @@ class LogConsumer(Consumer):
             left = until - clock.monotonic()
             if left <= 0:
                 return out
-            self._stream.watch()
+            if self._stream.watch():
+                continue
             # a nak or an ack in another process raises no event here: look again now and then
             await changed.wait(generation, min(left, _RECHECK_S if due_s is None else min(max(due_s, 0.0), _RECHECK_S)))
 

@@ -138,7 +138,11 @@ class Reader:
             else:
                 header = block_header(chunk, at)
             if header is None or at + header.size > len(chunk):
-                chunk = pread(fd, max(header.size if header is not None and header.size < 1 << 28 else 0, want), offset)
+                count = max(header.size if header is not None and header.size < 1 << 28 else 0, want)
+                if segment == tail.segment:
+                    # a follower wants one block: not the reserved space behind it as well
+                    count = min(count, max(tail.end - offset, BLOCK_HEADER))
+                chunk = pread(fd, count, offset)
                 start, at = offset, 0
                 want = min(want * 2, _CHUNK_MAX)
                 header = block_header(chunk)
@@ -193,7 +197,10 @@ class Reader:
                 and len(out) + header.records <= limit
                 and size + header.data_len <= bytes_max
             ):
-                out = records if not out else out + records
+                if out:
+                    out.extend(records)
+                else:
+                    out = records
                 size += header.data_len
                 scanned = header.last
                 offset += header.size
