@@ -80,14 +80,15 @@ _ALL = 1 << 62
 
 
 class _End(NamedTuple):
-    """Where a segment ends: its last sequence (base - 1 without any), the offset behind it, its chain and time, and
-    whether the segment's header is good."""
+    """Where a segment ends: its last sequence (base - 1 without any), the offset behind it, its chain and time,
+    whether the segment's header is good, and its last block."""
 
     durable: int
     end: int
     chain: int
     time_ns: int
     sound: bool
+    last: Block | None = None
 
 
 _open_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
@@ -130,6 +131,7 @@ class Journal:
         self._index: tuple[int, int] | None = None
         self._region = -1
         self._reserved = (0, 0)
+        self._failed: set[int] = set()  # segments of which a sync failed here, for when the lock file cannot say so
         self.tail: Tail
         try:
             self._tail_fd = files.open(os.path.join(path, "tail"), create=True)
@@ -303,7 +305,7 @@ class Journal:
             elif dirty > tail.generation:
                 self.tail = tail
                 try:
-                    self._recover_from(tail, poisoned=poisoned == tail.segment)
+                    self._recover_from(tail, poisoned=tail.segment in (poisoned, *self._failed))
                 except FileNotFoundError:
                     self._recover_all()  # the segment itself is gone
             else:
@@ -474,15 +476,21 @@ class Journal:
                 f"stream {self.name}: append failed ({cause.strerror}) and could not be taken back"
             ) from exc
 
+    def _rewrite(self, fd: int, block: Block) -> None:
+        """Write a block that somebody else wrote once more, before it is synced and counted as stored: when his sync
+        failed, the system holds the bytes for clean, and ours would succeed without storing them."""
+        write_all(self.files, fd, [block.data[: block.header.size]], block.offset)
+
     def _poison(self, tail: Tail, fd: int) -> None:
         """After a failed sync: never trust this descriptor's cache again; go on in a new segment."""
+        self._failed.add(tail.segment)
         try:
             self._set_dirty(2, poisoned=tail.segment)
             self._roll(poisoned=True)
             self._set_dirty(0)
         except OSError as exc:
             self._warn(f"segment {tail.segment} is poisoned by a failed sync and no new one could be made: {exc}")
-            return  # dirty and poisoned stand in the lock file: the next holder tries again before it writes
+            return  # the lock file says so, or at least this handle knows: the next holder tries again before it writes
         self._warn(f"a sync of segment {tail.segment} failed; writing goes on in segment {self.tail.segment}")
 
     def _write_index(self, segment: int, base: int, time_ns: int, offset: int) -> None:
@@ -522,6 +530,7 @@ class Journal:
             h = found.header
             if h.base != new.durable + 1 or h.chain != new.chain:
                 break
+            self._rewrite(fd, found)
             new = replace(
                 new, durable=h.last, end=new.end + h.size, chain=h.crc, time_ns=max(h.time_ns, new.time_ns),
                 bytes=new.bytes + h.size, first_time_ns=new.first_time_ns if new.durable >= new.first else h.time_ns,
@@ -531,6 +540,7 @@ class Journal:
             try:
                 self.files.sync(fd)
             except OSError:
+                self._failed.add(tail.segment)
                 self._set_dirty(1, poisoned=tail.segment)  # a second sync would succeed without having stored anything
                 raise
         for base in orphans:
@@ -591,6 +601,8 @@ class Journal:
             found = _End(shown, SEGMENT_HEADER, 0, 0, True)
         fd = self.segments.fd(last)
         self._keep_torn(fd, last, found.end)
+        if found.last is not None:
+            self._rewrite(fd, found.last)
         self.files.sync(fd)
         time_ns = max(found.time_ns, old.time_ns if old is not None else 0)
         for base in reversed(self.segments.bases[:-1]):
@@ -629,6 +641,7 @@ class Journal:
         start = self.segments.start_for(base, _ALL)
         at_start = start == SEGMENT_HEADER
         durable, end, time_ns = base - 1, SEGMENT_HEADER, 0
+        last: Block | None = None
         for item in self.segments.walk(
             base, start=start, chain=chain if at_start and sound and chain else None, expected=base if at_start else None,
             mark=_ALL,
@@ -638,9 +651,10 @@ class Journal:
                     break  # nothing good behind: a torn tail, not damage
                 self._warn(f"records {item.first} to {item.last} are damaged")
                 continue
+            last = item
             durable, end = item.header.last, item.offset + item.header.size
             chain, time_ns = item.header.crc, max(time_ns, item.header.time_ns)
-        return _End(durable, end, chain, time_ns, sound)
+        return _End(durable, end, chain, time_ns, sound, last)
 
     def _set_aside(self, base: int) -> None:
         """Move a segment of which nothing can be read to the quarantine."""

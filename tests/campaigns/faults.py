@@ -56,10 +56,10 @@ class Step(NamedTuple):
 class World:
     """A machine with one log, over kills and power cuts."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: StreamConfig, seed: int = 0) -> None:
         self.config = config
         self.clock = Tick()
-        self.files = SimFiles("/log/streams")
+        self.files = SimFiles("/log/streams", seed=seed)
         self.model = Model()
         self.number = 1
         self.box: Box | None = None
@@ -184,7 +184,7 @@ def c02(
             if not until.more(states) or (cases is not None and states >= cases * 2 // 3):
                 break
             scripts += 1
-            world = _crashed(script, config, at)
+            world = _crashed(script, config, at, rng.randrange(1 << 30))
             if second:  # the process dies there, another one recovers, and then the power goes
                 world.kill()
                 world.files.cut_after(rng.randint(1, 16))
@@ -203,7 +203,7 @@ def c02(
         longs = cuts = 0
         while until.more(states):
             longs += 1
-            world = World(config)
+            world = World(config, rng.randrange(1 << 30))
             for _ in range(rng.randint(1, 4)):
                 cuts += 1
                 world.files.cut_after(rng.randint(1, 60))
@@ -239,8 +239,8 @@ def _count(script: Sequence[Step], config: StreamConfig) -> int:
     return world.files.operations
 
 
-def _crashed(script: Sequence[Step], config: StreamConfig, at: int) -> World:
-    world = World(config)
+def _crashed(script: Sequence[Step], config: StreamConfig, at: int, seed: int) -> World:
+    world = World(config, seed)
     world.files.cut_after(at)
     try:
         for step in script:
@@ -584,7 +584,7 @@ def _operations(error: int, config: StreamConfig) -> int:
 
 
 def _failing(faults: Faults, config: StreamConfig, rng: random.Random) -> str:
-    world = World(config)
+    world = World(config, rng.randrange(1 << 30))
     world.files.faults = faults
     model = world.model
     unanswered: list[Message] = []

@@ -47,15 +47,17 @@ class Tick(Clock):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[random.Random]:
-    """Names and incarnations of the log from a seed, so that a failure comes again."""
+    """Names and incarnations of the log from a seed, so that a failure comes again; little space reserved ahead, so that
+    thousands of logs are looked at in a short time."""
     rng = random.Random(seed)
     module: Any = mist.log.journal
-    real = module.secrets
+    real = module.secrets, module._RESERVE_MIN
     module.secrets = SimpleNamespace(token_hex=lambda n: f"{rng.getrandbits(8 * n):0{2 * n}x}")
+    module._RESERVE_MIN = 16 * 1024
     try:
         yield rng
     finally:
-        module.secrets = real
+        module.secrets, module._RESERVE_MIN = real
 
 
 def boot(number: int) -> bytes:

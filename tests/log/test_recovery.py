@@ -314,3 +314,38 @@ def test_a_stale_block_is_noticed_when_it_is_followed() -> None:
         box.all()
     with pytest.raises(DataLoss):
         box.all(limit=1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_block_whose_sync_failed_is_not_adopted_on_the_word_of_another_sync(seed: int, dies: bool) -> None:
+    """After a failed sync the system holds the lost bytes for clean: the next sync succeeds without storing them. Neither
+    a writer that could not even note the failure, nor one that follows a dead one, may count them as stored."""
+    files = SimFiles("/log/streams", seed=seed)
+    Box.create(files, StreamConfig())
+    box = Box(files, 1)
+    fill(box, 1, 2000)
+    box.close()
+    files.settle()
+    box = Box(files, 1)
+    files.faults = Faults(errno.EIO, 1, forever=True)
+    real = files.faults.check
+    after_sync = [False]
+
+    def check(kind: str, path: str) -> bool:
+        after_sync[0] |= kind == "sync"
+        if after_sync[0] and dies and kind != "sync":
+            files.cut_after(1)  # killed where it would note the failure
+        return after_sync[0] and not (dies and kind != "sync") and real(kind, path)
+
+    files.faults.check = check  # type: ignore[method-assign]
+    with suppress(PowerCut, MistError):
+        box.append([Message("a", b"z" * 3000, "unknown")])
+    files.faults = None
+    if dies:
+        box = Box(files.kill(), 1)
+    box.append([Message("a", b"", "next")])
+    seen = [r.id for r in box.all()]
+    after = Box(nothing_else(files), 2)
+    assert [r.id for r in after.all()] == seen
+    assert not after.journal.verify().damage
