@@ -145,6 +145,8 @@ class BlockHeader(NamedTuple):
     time_ns: int
     size: int
     last: int
+    check: int
+    """Low half of the checksum of the meta part alone, for who reads ids without payloads."""
 
 
 class Columns(NamedTuple):
@@ -171,7 +173,8 @@ def encode_block(columns: Columns, *, base: int, time_ns: int, chain: int, seed:
             index = array("H", map(numbers.__getitem__, subjects)).tobytes()
     meta = _encode((distinct, index, columns.ids, columns.headers))
     data = _encode(columns.datas)
-    rest = _AFTER_CRC.pack(VERSION, 0, 0, count, len(meta), len(data), chain, base, time_ns)
+    check = crc32c_extend(seed, meta) & 0xFFFF
+    rest = _AFTER_CRC.pack(VERSION, 0, check, count, len(meta), len(data), chain, base, time_ns)
     crc = crc32c_extend(crc32c_extend(seed, rest + meta), data)
     return [BLOCK_MAGIC + crc.to_bytes(4, "little") + rest + meta, data], crc
 
@@ -180,17 +183,32 @@ def block_header(data: bytes, at: int = 0) -> BlockHeader | None:
     """The header of the block at `at`, unchecked but for its shape; None when no block starts there."""
     if len(data) - at < BLOCK_HEADER:
         return None
-    magic, crc, version, flags, zero, count, meta_len, data_len, chain, base, time_ns = _BLOCK.unpack_from(data, at)
-    if magic != BLOCK_MAGIC or version != VERSION or flags or zero or not count or not base:
+    magic, crc, version, flags, check, count, meta_len, data_len, chain, base, time_ns = _BLOCK.unpack_from(data, at)
+    if magic != BLOCK_MAGIC or version != VERSION or flags or not count or not base:
         return None
     return BlockHeader(
-        crc, count, meta_len, data_len, chain, base, time_ns, BLOCK_HEADER + meta_len + data_len, base + count - 1
+        crc,
+        count,
+        meta_len,
+        data_len,
+        chain,
+        base,
+        time_ns,
+        BLOCK_HEADER + meta_len + data_len,
+        base + count - 1,
+        check,
     )
 
 
 def block_ok(block: bytes, header: BlockHeader, seed: int) -> bool:
     """Whether the checksum of a whole block holds. `block` starts at its magic and may be longer."""
     return len(block) >= header.size and crc32c_extend(seed, block[8 : header.size]) == header.crc
+
+
+def meta_ok(block: bytes, header: BlockHeader, seed: int) -> bool:
+    """Whether the meta part can be believed without reading the payloads behind it."""
+    meta = block[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]
+    return len(meta) == header.meta_len and crc32c_extend(seed, meta) & 0xFFFF == header.check
 
 
 class Meta(NamedTuple):

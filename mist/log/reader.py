@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 
 from mist.broker.base import Page, Record
 from mist.errors import CursorAhead, DataLoss, NotFound, SequenceExpired, Unavailable
@@ -21,6 +22,7 @@ from mist.log.format import (
     block_ok,
     decode_meta,
     decode_records,
+    meta_ok,
 )
 from mist.log.journal import Journal
 from mist.log.segments import Block, Gap, Segments
@@ -322,10 +324,10 @@ class Reader:
                 offset, expected, chunk = gap[0], gap[1], b""
                 start = offset
                 continue
-            try:
-                meta: Meta | None = decode_meta(memoryview(chunk)[at : at + BLOCK_HEADER + header.meta_len], header)  # type: ignore[arg-type]
-            except BadBytes:
-                meta = None  # damage is the reader's to report; a window only loses these ids
+            meta: Meta | None = None
+            block = chunk[at : at + BLOCK_HEADER + header.meta_len]
+            with suppress(BadBytes):  # damage is the reader's to report; a window only loses these ids
+                meta = decode_meta(block, header) if meta_ok(block, header, self._segments.seed) else None
             out.append((header.base, header.records, header.time_ns, meta.ids if meta else None))
             offset += header.size
             expected = header.last + 1

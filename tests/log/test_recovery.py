@@ -189,6 +189,15 @@ def test_damage_in_the_id_window_does_not_stop_appends() -> None:
         assert box.append([Message("a", b"", "new"), Message("a", b"", "id-5"), Message("a", b"", "id-4")]) == [6, 5, 4]
 
 
+def test_a_damaged_id_does_not_swallow_a_new_message() -> None:
+    """A flipped bit may turn an old id into one that comes later: it must not count as stored."""
+    files = made(StreamConfig())
+    fill(Box(files, 1), 5)
+    files.put(SEGMENT, files.content(SEGMENT).replace(b"id-3", b"id-7"))
+    box = Box(files, 1)
+    assert box.append([Message("a", b"", "id-7")]) == [6]
+
+
 def test_damaged_index_times_do_not_move_a_look_up() -> None:
     """An index entry counts only when the block it points at says the same sequence and the same time."""
     files = made(StreamConfig())
