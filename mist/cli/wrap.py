@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, get_type_hints
@@ -25,6 +26,7 @@ from mist.cli.session import Session, start
 from mist.errors import SequenceExpired
 
 EPILOG = "Global options (-u -o -j -y --no-input -q -v --timeout) are accepted here too: see `mist --help`."
+NOUN_EXAMPLES = 5
 _GLOBAL = "global_"
 
 
@@ -67,15 +69,21 @@ def load(name: str) -> Any:
         app = noun(help)
         app.command(name, epilog=EPILOG)(adapt(target))
         return _named(typer.main.get_command(app), name)
+    examples: list[str] = []
     for info in target.registered_commands:
         if info.callback is not None and not hasattr(info.callback, "__mist__"):
             info.name = info.name or info.callback.__name__.replace("_", "-")
             info.callback = adapt(info.callback)
             info.epilog = info.epilog or EPILOG
+        text = inspect.cleandoc((info.callback and info.callback.__doc__) or "")
+        info.short_help = info.short_help or _first_sentence(text)
+        examples.append(_first_example(text))
     if not target.registered_callback:
         target.callback()(lambda: None)  # a noun stays a noun when it has one verb
     command = typer.main.get_command(target)
     command.help = command.help or help
+    shown = [line for line in examples if line][:NOUN_EXAMPLES]
+    command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in shown) if shown else None
     return _named(command, name)
 
 
@@ -131,6 +139,18 @@ def _keep_examples(doc: str) -> str:
     """Paragraphs of examples keep their lines (the parser's own mark for that is a line with a backspace)."""
     parts = doc.split("\n\n")
     return "\n\n".join("\b\n" + p if p.startswith(("Example:", "Examples:")) else p for p in parts)
+
+
+def _first_sentence(doc: str) -> str:
+    """What stands behind a verb in its noun's help: whole, never cut by the parser."""
+    paragraph = " ".join(doc.replace("\b\n", "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.:;]) ", paragraph)[0].rstrip(".:;")
+
+
+def _first_example(doc: str) -> str:
+    """The first line of the examples."""
+    found = re.search(r"^Examples?:\n +(.+)$", doc, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _call(function: Callable[..., Any], values: dict[str, Any], given: dict[str, Any]) -> int:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import ROOT, Cli, fill, records
+from mist.cli.main import COMMANDS
 from mist.cli.render import joined
+from mist.cli.wrap import load
 
 Spawn = Callable[..., subprocess.Popen[bytes]]
 
@@ -128,3 +130,11 @@ def test_consumer_info_shows_plain_values(cli: Cli, log: str) -> None:
     fill(log, "s", 1)
     cli.ok("-u", log, "consumer", "create", "s", "c", "--subject", "a.>", "--subject", "b")
     assert "subjects=a.>,b " in cli.ok("-u", log, "consumer", "info", "c").out
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if hasattr(load(n), "commands")])
+def test_a_noun_shows_examples_and_whole_sentences(cli: Cli, name: str) -> None:
+    """Its help is where a verb is looked for: nothing is cut off, and there are lines to paste."""
+    text = cli.ok(name, "--help").out
+    assert "..." not in text.partition("Commands:")[2]
+    assert f"Examples:\n    mist {name} " in text
