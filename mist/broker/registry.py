@@ -50,7 +50,10 @@ def adapter(scheme: str) -> Adapter:
                 hint=f"pip install 'mist-stack[{extra}]'",
             ) from exc
     if scheme in _EXTRAS:
-        raise InvalidArgument(f"{scheme}: no adapter installed", hint=f"pip install 'mist-stack[{_EXTRAS[scheme]}]'")
+        raise InvalidArgument(
+            f"{scheme}: this release has no adapter for it",
+            hint="NATS and Redis come with the next one; log:DIR needs no server",
+        )
     known = sorted({*_BUILT_IN, *(p.name for p in entry_points(group=GROUP))})
     raise InvalidArgument(f"no broker for the scheme {scheme!r}", hint=f"known here: {', '.join(known)}")
 

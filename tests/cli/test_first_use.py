@@ -74,10 +74,10 @@ def test_a_stream_is_not_copied_onto_itself(cli: Cli, log: str, verb: str) -> No
 
 def test_a_file_in_place_of_a_log_is_named(cli: Cli, tmp_path: Path) -> None:
     """Neither reading nor publishing takes a file for an absent directory."""
-    (tmp_path / "afile").write_text("x")
+    (tmp_path / "taken").write_text("x")
     for args in (["stream", "ls"], ["pub", "s", "x"]):
-        assert cli("-u", f"log:{tmp_path}/afile", *args).err.endswith("afile is a file, not a directory\n")
-    inside = cli("-u", f"log:{tmp_path}/afile/b", "pub", "s", "x")
+        assert cli("-u", f"log:{tmp_path}/taken", *args).err.endswith("taken is a file, not a directory\n")
+    inside = cli("-u", f"log:{tmp_path}/taken/b", "pub", "s", "x")
     assert inside.code == 2
     assert "leads through a file" in inside.err
 
