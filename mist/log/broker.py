@@ -11,7 +11,8 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -49,6 +50,7 @@ from mist.errors import (
     DataLoss,
     InvalidArgument,
     Locked,
+    MistError,
     NotFound,
     SequenceExpired,
     StorageFull,
@@ -56,6 +58,7 @@ from mist.errors import (
 )
 from mist.log.committer import Committer
 from mist.log.files import REAL, Files, boot_id
+from mist.log.format import TAIL_BYTES, decode_tail
 from mist.log.journal import LOG_DEFAULTS, NEW, Journal, remove_tree, storage_error
 from mist.log.reader import Reader
 from mist.log.reserve import Reserve
@@ -69,6 +72,8 @@ T = TypeVar("T")
 
 CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True, verify=True)
 _RECHECK_S = 0.25
+_OLD = ".old-"
+_DAMAGED = ".damaged-"
 _DELAY_S_MAX = 10 * 365 * 86400.0
 _NETWORK_FS = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs", "fuse.glusterfs"})
 
@@ -261,16 +266,60 @@ class LogBroker(Broker):
         raise Unavailable(f"stream {name} is made and deleted all the time by others")
 
     def _finish_delete(self, name: str) -> None:
-        """Take a stream that is marked as deleted out of the way. Safe to do twice, or by several."""
+        """Take a stream that is marked as deleted out of the way. Safe to do twice, or by several: under a lock, and only
+        what is marked; a stream made anew under the name stays, with what belongs to it."""
         path = self._stream_path(name)
-        trash = os.path.join(self.path, "streams", f".old-{name}-{os.urandom(6).hex()}")
+        streams = os.path.join(self.path, "streams")
+        with self._delete_lock():
+            if not self._marked_deleted(path):
+                return
+            self._opened_state().forget_stream(name)  # now: behind the rename somebody may make it anew
+            self.files.rename(path, os.path.join(streams, f"{_OLD}{name}-{os.urandom(6).hex()}"))
+            self.files.sync_dir(streams)
+        for old in self.files.listdir(streams):
+            if old.startswith(_OLD):
+                remove_tree(self.files, os.path.join(streams, old))
+
+    @contextlib.contextmanager
+    def _delete_lock(self) -> Iterator[None]:
+        fd = self.files.open(os.path.join(self.path, "delete.lock"), create=True)
         try:
-            self.files.rename(path, trash)
+            until = time.monotonic() + self.lock_wait_s
+            while not self.files.lock(fd, wait=False):
+                if time.monotonic() > until:
+                    raise Locked(f"{self.url}: another process has held delete.lock for {self.lock_wait_s:g} s")
+                time.sleep(0.002)
+            yield
+        finally:
+            self.files.close(fd)
+
+    def _marked_deleted(self, path: str) -> bool:
+        try:
+            fd = self.files.open(os.path.join(path, "tail"), write=False)
         except FileNotFoundError:
-            return
-        self.files.sync_dir(os.path.join(self.path, "streams"))
-        self._opened_state().forget_stream(name)
-        remove_tree(self.files, trash)
+            return False
+        try:
+            tail = decode_tail(self.files.pread(fd, TAIL_BYTES, 0))
+        finally:
+            self.files.close(fd)
+        return tail is not None and bool(tail.deleted)
+
+    def _abandon(self, name: str, why: MistError) -> None:
+        """Take a stream of which nothing can be read out of the way, and keep it: deleting must always be possible."""
+        path = self._stream_path(name)
+        streams = os.path.join(self.path, "streams")
+        if not self.files.is_dir(path):
+            raise why
+        with self._delete_lock():
+            readable: Journal | None = None
+            with contextlib.suppress(DataLoss, NotFound):
+                readable = Journal(self.files, self.clock, path, self.boot)
+            if readable is not None:
+                readable.close()
+                raise why  # somebody made it anew meanwhile
+            self._opened_state().forget_stream(name)
+            self.files.rename(path, os.path.join(streams, f"{_DAMAGED}{name}-{os.urandom(6).hex()}"))
+            self.files.sync_dir(streams)
 
     async def streams(self) -> list[str]:
         self.check_open()
@@ -289,7 +338,13 @@ class LogBroker(Broker):
             await stream.retire()
 
     def _delete(self, name: str) -> None:
-        journal = self._open_journal(name, False, StreamConfig())
+        try:
+            journal = self._open_journal(name, False, StreamConfig())
+        except (DataLoss, NotFound) as exc:
+            try:
+                return self._abandon(name, exc)
+            except OSError as error:
+                raise storage_error(error, f"stream {name}: delete") from error
         try:
             with journal.locked():
                 journal.mark_deleted()

@@ -19,7 +19,7 @@ import struct
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -1011,11 +1011,13 @@ def _make_file(files: Files, path: str, content: bytes) -> None:
 
 
 def remove_tree(files: Files, path: str) -> None:
-    """Remove a stream directory of ours: files, and one level of quarantine."""
-    for name in files.listdir(path):
-        full = os.path.join(path, name)
-        if name == QUARANTINE:
-            remove_tree(files, full)
-        else:
-            files.unlink(full)
-    files.rmdir(path)
+    """Remove a stream directory of ours: files, and one level of quarantine. Others may remove it at the same time."""
+    with suppress(FileNotFoundError):
+        for name in files.listdir(path):
+            full = os.path.join(path, name)
+            if files.is_dir(full):
+                remove_tree(files, full)
+            else:
+                with suppress(FileNotFoundError):
+                    files.unlink(full)
+        files.rmdir(path)
