@@ -85,6 +85,7 @@ A record (`tail`, `get`, `sub`, `consumer next`, `replay`, and the lines of `exp
 | cursor, checkpoint | `{{"stream","name","sequence","incarnation","time_ns"}}`; `ls` adds `lag`, `state`, `saved` |
 | published | `{{"stream","sequence","id","subject"}}`; many: `{{"stream","published","repeated","invalid","first","last"}}` |
 | copy, import | `{{"source","destination","stored","repeated","refused","damaged_ranges","position","sha256"}}` |
+| what was done (`rm`, `context`, `config`), what `--dry-run` would do | `{{"what","dry_run"}}` |
 | mirror | `{{"source","destination","position","last","lag","lag_s","stored","repeated"}}` |
 | export | `{{"file","manifest","records","first","last","bytes","sha256","file_sha256"}}` |
 

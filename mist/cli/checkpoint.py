@@ -78,12 +78,12 @@ async def remove(session: Session, stream: str, name: str, dry_run: bool) -> Non
     broker, found = await load(session, stream, name)
     what = f"forget position {name} of stream {found.stream}, at {found.sequence}"
     if dry_run:
-        session.out.note(f"would {what}")
+        session.out.outcome(what, dry_run=True)
         session.fail_with(DIFFERENT)
         return
     session.confirm(what)
     await broker.checkpoints.delete(found.stream, name)
-    session.out.note(f"forgot position {name} of stream {found.stream}")
+    session.out.outcome(f"forgot position {name} of stream {found.stream}")
 
 
 @app.command("ls")

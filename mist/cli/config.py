@@ -54,7 +54,7 @@ def validate(file: Annotated[str, typer.Argument(metavar="FILE", help="The file 
     parse_url(loaded.value.url)
     for name in unknown_variables(MistConfig, os.environ):
         out.warn(f"{name} is set and means nothing")
-    out.note(f"{path} is fine")
+    out.outcome(f"{path} is fine")
 
 
 @app.command("init")
@@ -75,4 +75,4 @@ def init(
         path.write_text(TEMPLATE)
     except OSError as exc:
         raise InvalidArgument(f"{path}: cannot be written: {exc.strerror}") from exc
-    out.note(f"wrote {path}")
+    out.outcome(f"wrote {path}")

@@ -197,12 +197,12 @@ async def rm(stream: First, consumer: Second = "", dry_run: DryRun = False) -> N
     state = await found.info()
     what = f"delete consumer {found.name} of stream {source.name}, at {state.floor} with {state.pending} pending"
     if dry_run:
-        session.out.note(f"would {what}")
+        session.out.outcome(what, dry_run=True)
         session.fail_with(DIFFERENT)
         return
     session.confirm(what)
     await found.delete()
-    session.out.note(f"deleted consumer {found.name} of stream {source.name}")
+    session.out.outcome(f"deleted consumer {found.name} of stream {source.name}")
 
 
 @app.command("lag")
@@ -376,7 +376,7 @@ async def _move(session: Session, first: str, second: str, to: str, dry_run: boo
         f"forgetting {state.pending} pending"
     )
     if dry_run:
-        session.out.note(f"would {what}")
+        session.out.outcome(what, dry_run=True)
         if after != state.floor or state.pending:
             session.fail_with(DIFFERENT)
         return

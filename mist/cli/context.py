@@ -72,7 +72,7 @@ def save(
         contexts=contexts.contexts | {check_name(name): Context(url=url, description=description)},
     )
     path = save_contexts(saved)
-    current().out.note(f"saved {name} in {path}{', selected' if select else ''}")
+    current().out.outcome(f"saved {name} in {path}{', selected' if select else ''}")
 
 
 @app.command("select")
@@ -87,7 +87,7 @@ def select(name: Annotated[str, typer.Argument(metavar="NAME", help="The context
     if name:
         _found(contexts, name)
     save_contexts(Contexts(selected=name, contexts=contexts.contexts))
-    current().out.note(f"using {name} ({redact(contexts.contexts[name].url)})" if name else "using no context")
+    current().out.outcome(f"using {name} ({redact(contexts.contexts[name].url)})" if name else "using no context")
 
 
 @app.command("show")
@@ -118,4 +118,4 @@ def rm(name: Name) -> None:
     session.confirm(f"forget context {name}")
     rest = {k: v for k, v in contexts.contexts.items() if k != name}
     save_contexts(Contexts(selected="" if contexts.selected == name else contexts.selected, contexts=rest))
-    session.out.note(f"forgot {name}")
+    session.out.outcome(f"forgot {name}")

@@ -62,7 +62,7 @@ async def command(
         if dry_run:
             after = await bounds.after(source, checkpoints, info)
             end = info.last if to is None else min(to, info.last)
-            session.out.note(f"would copy up to {max(0, end - after):,} records of {source.name} to {dst}")
+            session.out.outcome(f"copy up to {max(0, end - after):,} records of {source.name} to {dst}", dry_run=True)
             if end > after:
                 session.fail_with(DIFFERENT)
             return

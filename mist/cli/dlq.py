@@ -136,11 +136,11 @@ async def retry(
     info = await dead.info()
     count = info.records if limit is None else min(limit, info.records)
     if not count:
-        session.out.note(f"stream {name} has no dead letters")
+        _told(session, name, 0, "published")
         return
     what = f"publish {count:,} dead letters of stream {name} to {to or name} and remove them here"
     if dry_run:
-        session.out.note(f"would {what}")
+        session.out.outcome(what, dry_run=True)
         session.fail_with(DIFFERENT)
         return
     if limit is None:
@@ -187,11 +187,11 @@ async def drop(
     info = await dead.info()
     count = info.records if limit is None else min(limit, info.records)
     if not count:
-        session.out.note(f"stream {name} has no dead letters")
+        _told(session, name, 0, "dropped")
         return
     what = f"drop {count:,} dead letters of stream {name} for good"
     if dry_run:
-        session.out.note(f"would {what}")
+        session.out.outcome(what, dry_run=True)
         session.fail_with(DIFFERENT)
         return
     session.confirm(what)
@@ -209,7 +209,9 @@ async def drop(
 
 def _told(session: Session, name: str, count: int, what: str) -> None:
     if session.out.format == "table":
-        session.out.note(f"{count:,} dead letters of stream {escape(name)} {what}")
+        session.out.note(
+            f"{count:,} dead letters of stream {escape(name)} {what}" if count else f"stream {name} has no dead letters"
+        )
     else:
         session.out.item({"stream": name, "letters": count, "done": what.partition(" ")[0]})
 

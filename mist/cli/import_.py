@@ -54,7 +54,7 @@ async def command(
         manifest = _checked(source.path)
         if dry_run:
             info = await source.info()
-            session.out.note(f"would import {info.records:,} lines of {source.path} to {stream}")
+            session.out.outcome(f"import {info.records:,} lines of {source.path} to {stream}", dry_run=True)
             if info.records:
                 session.fail_with(DIFFERENT)
             return

@@ -281,6 +281,13 @@ class Output:
         if not self.quiet:
             self._say(text)
 
+    def outcome(self, what: str, *, dry_run: bool = False) -> None:
+        """What a command did, or would do: talk for people, one object with a machine format."""
+        if self.format in ("table", "raw"):
+            self.note(f"would {what}" if dry_run else what)
+        else:
+            self.item({"what": what, "dry_run": dry_run})
+
     def warn(self, text: str) -> None:
         """Something the reader must know, also with --quiet."""
         self._say(text, f"{self.strong('warning:', err=True)} ")

@@ -203,12 +203,12 @@ async def rm(stream: StreamArg, dry_run: DryRun = False) -> None:
     consumers = await target.consumers() if found.capabilities.consumers else []
     what = f"delete stream {name} with {found.records:,} records and {len(consumers)} consumers"
     if dry_run:
-        session.out.note(f"would {what}")
+        session.out.outcome(what, dry_run=True)
         session.fail_with(DIFFERENT)
         return
     session.confirm(what)
     await broker.delete(name)
-    session.out.note(f"deleted stream {name}")
+    session.out.outcome(f"deleted stream {name}")
     if dead_stream(name) in await broker.streams():
         session.out.note(f"its dead letters are still in {dead_stream(name)}")
 
@@ -240,11 +240,13 @@ async def purge(
     bound = await after_of(position, target, broker.checkpoints if broker is not None else None, found) + 1
     doomed = max(0, min(bound, found.last + 1) - found.first)
     if not found.records or not doomed:
+        if session.out.format != "table":
+            session.out.item({"stream": target.name, "removed": 0, "first": seq(found.first)})
         session.out.note(f"nothing to remove from stream {target.name}")
         return
     what = f"remove up to {min(doomed, found.records):,} records of stream {target.name}, all before {bound}"
     if dry_run:
-        session.out.note(f"would {what}")
+        session.out.outcome(what, dry_run=True)
         session.fail_with(DIFFERENT)
         return
     session.confirm(what)

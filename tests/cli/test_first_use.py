@@ -138,3 +138,26 @@ def test_a_noun_shows_examples_and_whole_sentences(cli: Cli, name: str) -> None:
     text = cli.ok(name, "--help").out
     assert "..." not in text.partition("Commands:")[2]
     assert f"Examples:\n    mist {name} " in text
+
+
+def test_what_was_done_is_an_object_with_json(cli: Cli, log: str) -> None:
+    """No command that succeeds leaves a script with an empty output."""
+    fill(log, "s", 3)
+    cli.ok("-u", log, "consumer", "create", "s", "c")
+    cli.ok("-u", log, "cursor", "set", "s", "r", "2")
+    for args, code, dry in (
+        (["stream", "purge", "s", "--keep", "1", "--dry-run"], 10, True),
+        (["consumer", "rm", "s", "c", "--dry-run"], 10, True),
+        (["copy", "s", f"{log}?stream=t", "--dry-run"], 10, True),
+        (["consumer", "rm", "s", "c", "-y"], 0, False),
+        (["cursor", "rm", "s", "r", "-y"], 0, False),
+        (["stream", "rm", "s", "-y"], 0, False),
+        (["context", "save", "a", log], 0, False),
+        (["config", "init"], 0, False),
+        (["config", "validate"], 0, False),
+    ):
+        result = cli("-u", log, "-j", *args)
+        assert result.code == code, result
+        assert result.json["dry_run"] is dry
+        assert result.json["what"]
+        assert result.err == ""
