@@ -12,6 +12,8 @@ from .campaign import Campaign, Report, Run
 from .checkpoints import c08
 from .consumers import c12, c13, soak
 from .full import c06
+from .fuzzing import c19
+from .model import c18
 from .slow import c14
 from .writers import c01, c07
 
@@ -46,6 +48,8 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C12", "8 consumers killed and paused", "kills", 20, 1000, c12),
     Campaign("C13", "1 % poison", "messages", 10_000, 100_000, c13),
     Campaign("C14", "one consumer 100 times slower", "s in one run", 15, 600, c14, longest=True),
+    Campaign("C18", "state machine on log and memory", "examples", 200, 20_000, c18),
+    Campaign("C19", "fuzz: envelope, subjects, URLs, lines", "inputs", 200_000, 10_000_000, c19),
     Campaign("C19b", "fuzz: the log's bytes", "inputs", 24_000, 10_000_000, fuzz_blocks),
     Campaign("C31", "bug bank", "bugs caught", 0, 0, _simulated(bugbank.c31, "caught")),
     Campaign("SOAK", "4 processes share a consumer", "records", 1, 1_000_000, soak),

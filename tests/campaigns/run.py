@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _SAY_EVERY_S = 10.0
 _SLICE_S = (10.0, 60.0)
 _LONG_S = 600.0
+_WHOLE_S = 1800.0
 
 
 class State:
@@ -127,8 +128,9 @@ def run(campaigns: list[Campaign], minutes: float, seed: int, state: State) -> i
         while (left := until - time.monotonic()) > 1:
             c = min(campaigns, key=lambda c: (done(c, state.of(c.id)), state.of(c.id)["seconds"]))
             budget = slice_s
-            if c.longest and not done(c, state.of(c.id)) and minutes * 60 >= 4 * _LONG_S:
-                budget = float(c.nightly)
+            if (c.longest or not c.nightly) and not done(c, state.of(c.id)):
+                # what counts is one whole run: those that have an end stop there by themselves
+                budget = float(c.nightly or _WHOLE_S) if minutes * 60 >= 4 * _LONG_S else 3 * slice_s
             here = random.Random(f"{seed} {c.id} {state.of(c.id)['runs']}").getrandbits(32)
             tell(f"{c.id}: {c.what}, seed {here}")
             start = time.monotonic()
