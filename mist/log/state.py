@@ -16,10 +16,11 @@ import sqlite3
 import time
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import msgspec
+from google_crc32c import value as crc32c
 
 from mist.broker.base import Checkpoint, ConsumerConfig, Pending
 from mist.broker.checkpoint import check_advance
@@ -29,7 +30,8 @@ from mist.log.files import Files
 _SCHEMA = """
 create table if not exists meta(key text primary key, value blob) without rowid;
 create table if not exists checkpoint(
-  stream text, name text, incarnation text, sequence integer, time_ns integer, primary key(stream, name)) without rowid;
+  stream text, name text, incarnation text, sequence integer, time_ns integer, crc integer,
+  primary key(stream, name)) without rowid;
 create table if not exists consumer(
   id integer primary key autoincrement, stream text, name text, incarnation text, config blob, delivered integer,
   unique(stream, name));
@@ -39,6 +41,22 @@ create table if not exists lease(
 create index if not exists lease_by_deadline on lease(consumer, deadline);
 create index if not exists lease_by_root on lease(root);
 """
+
+
+_CANNOT_BE = (
+    """select key from meta where typeof(key)<>'text' or typeof(value)<>'blob'""",
+    """select name from checkpoint where typeof(stream)<>'text' or typeof(name)<>'text' or typeof(incarnation)<>'text'
+    or typeof(sequence)<>'integer' or typeof(time_ns)<>'integer' or typeof(crc)<>'integer'""",
+    """select name from consumer where typeof(stream)<>'text' or typeof(name)<>'text' or typeof(incarnation)<>'text'
+    or typeof(config)<>'blob' or typeof(delivered)<>'integer' or delivered<0""",
+    """select id from lease where typeof(consumer)<>'integer' or typeof(root)<>'integer' or typeof(lo)<>'integer'
+    or typeof(hi)<>'integer' or typeof(attempt)<>'integer' or typeof(deadline)<>'integer' or typeof(left)<>'integer'
+    or lo<1 or hi<lo or left<1 or left>hi-lo+1 or attempt<0 or (sequences is null and hi-lo>=67108864)
+    or (done is null and sequences is null and left<>hi-lo+1)
+    or (sequences is not null and (typeof(sequences)<>'blob' or length(sequences)%8<>0 or length(sequences)<8*left))
+    or (done is not null and typeof(done)<>'blob')""",
+)
+"""Queries for rows that we never write."""
 
 
 class Lease(NamedTuple):
@@ -89,45 +107,75 @@ class State:
     def __init__(self, files: Files, directory: str, boot: bytes) -> None:
         self.files = files
         self.path = os.path.join(directory, "state.db")
+        self.boot = boot
         self.warnings: list[str] = []
         self.waits_for_lock = False
-        self._lock_fd = files.open(os.path.join(directory, "state.lock"), create=True)
         self._db: sqlite3.Connection | None = None
+        self._file = (0, 0)
+        self._suspect = False
         self._level = ""
+        self._lock_fd = files.open(os.path.join(directory, "state.lock"), create=True)
         try:
-            self._open(boot)
+            with self._locked():
+                self._open()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, boot: bytes) -> None:
-        self.files.lock(self._lock_fd, wait=True)
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Our own lock, and every foreign exception as ours."""
+        self.waits_for_lock = True
         try:
-            try:
-                self._db = self._connect(boot)
-            except sqlite3.DatabaseError as exc:
-                if isinstance(exc, sqlite3.OperationalError):
-                    raise
-                self._quarantine(exc)
-                self._db = self._connect(boot)
-        except sqlite3.Error as exc:
-            raise _translate(exc) from exc
+            self.files.lock(self._lock_fd, wait=True)
+        except OSError as exc:
+            raise Unavailable(f"state.lock: {exc.strerror or exc}") from exc
         finally:
-            self.files.unlock(self._lock_fd)
+            self.waits_for_lock = False
+        try:
+            with self._translated():
+                yield
+        finally:
+            with suppress(OSError):  # the kernel drops it with the descriptor
+                self.files.unlock(self._lock_fd)
 
-    def _connect(self, boot: bytes) -> sqlite3.Connection:
+    def _open(self) -> None:
+        """Under lock: the database, a new one when the one there is damaged."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+        kept = ""
+        try:
+            self._db = self._connect()
+        except sqlite3.Error as exc:
+            if not _is_damage(exc):
+                raise
+            kept = self._quarantine(exc)
+            self._db = self._connect()
+        st = os.stat(self.path)
+        self._file = (st.st_dev, st.st_ino)
+        self._suspect = False
+        if kept:
+            self._salvage(self._db, kept)
+
+    def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, isolation_level=None, timeout=10.0, check_same_thread=False)
         try:
             db.execute("pragma journal_mode=wal")
             db.execute("pragma synchronous=full")
             self._level = "full"
             db.executescript(_SCHEMA)
+            _examine(db)
             row = db.execute("select value from meta where key='boot'").fetchone()
-            if row is None or row[0] != boot:
-                # deadlines of another boot mean nothing: everything leased is due now
+            if row is None or row[0] != self.boot:
                 db.execute("begin immediate")
+                if row is None:
+                    # a new file, perhaps in place of a damaged one: numbers in tokens and handles must not come again
+                    start = time.time_ns() // 1_000_000
+                    db.execute("insert into sqlite_sequence values('lease', ?), ('consumer', ?)", (start, start))
+                # deadlines of another boot mean nothing: everything leased is due now
                 db.execute("update lease set deadline=0")
-                db.execute("insert or replace into meta values('boot', ?)", (boot,))
+                db.execute("insert or replace into meta values('boot', ?)", (self.boot,))
                 db.execute("commit")
             os.chmod(self.path, 0o600)
         except BaseException:
@@ -135,15 +183,30 @@ class State:
             raise
         return db
 
-    def _quarantine(self, why: Exception) -> None:
-        """Set a damaged state file aside and start a new one: consumers begin again, nothing in the streams is lost."""
+    def _quarantine(self, why: Exception) -> str:
+        """Set a damaged state file aside; a new one is started. Nothing in the streams is lost."""
         kept = f"{self.path}.damaged-{time.time_ns()}"
         for suffix in ("", "-wal", "-shm"):
-            if os.path.exists(self.path + suffix):
+            with suppress(FileNotFoundError):
                 os.rename(self.path + suffix, kept + suffix)
         self.warnings.append(
-            f"state.db was damaged ({why}) and is kept as {os.path.basename(kept)}; consumers and checkpoints start anew"
+            f"state.db was damaged ({why}) and is kept as {os.path.basename(kept)}; consumers start anew, and so do"
+            " checkpoints that could not be saved from it"
         )
+        return kept
+
+    def _salvage(self, db: sqlite3.Connection, kept: str) -> None:
+        """Take over the checkpoints of a damaged file, as far as it can be read and their checksums hold."""
+        found: list[tuple[object, ...]] = []
+        with suppress(sqlite3.Error, ValueError, OverflowError):  # what can be had; the rest is reported as damaged
+            old = sqlite3.connect(kept)
+            try:
+                rows = old.execute("select stream, name, incarnation, sequence, time_ns, crc from checkpoint")
+                found.extend(row for row in rows if row[5] == _crc(*row[:5]))
+            finally:
+                old.close()
+        for row in found:
+            db.execute("insert or ignore into checkpoint values(?,?,?,?,?,?)", row)
 
     def close(self) -> None:
         """Idempotent."""
@@ -156,12 +219,11 @@ class State:
 
     @contextmanager
     def _write(self, *, synced: bool = False) -> Iterator[sqlite3.Connection]:
-        db = self._read()
         level = "full" if synced else "normal"
-        self.waits_for_lock = True
-        self.files.lock(self._lock_fd, wait=True)
-        self.waits_for_lock = False
-        try:
+        if self._db is None:
+            raise Closed("the broker is closed")
+        with self._locked():
+            db = self._current()
             if level != self._level:
                 db.execute(f"pragma synchronous={level}")
                 self._level = level
@@ -173,20 +235,46 @@ class State:
                 if db.in_transaction:
                     db.execute("rollback")
                 raise
-        except sqlite3.Error as exc:
-            raise _translate(exc) from exc
-        finally:
-            self.files.unlock(self._lock_fd)
 
-    def make_room(self) -> None:
-        """After StorageFull: move what the write-ahead log holds into the database, so that its space is used again."""
-        with _translated():
-            self._read().execute("pragma wal_checkpoint(passive)")
-
-    def _read(self) -> sqlite3.Connection:
+    def _current(self) -> sqlite3.Connection:
+        """Under lock: the connection to the file that is there now; another process may have set ours aside."""
+        try:
+            st = os.stat(self.path)
+            same = (st.st_dev, st.st_ino) == self._file
+        except FileNotFoundError:
+            same = False
+        if self._suspect or not same:
+            self._open()
         if self._db is None:
             raise Closed("the broker is closed")
         return self._db
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        if self._db is None:
+            raise Closed("the broker is closed")
+        if self._suspect:
+            with self._locked():
+                self._current()
+        with self._translated():
+            yield self._db
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """What comes out of the database as ours. After damage, the next call opens it anew, and sets it aside."""
+        try:
+            yield
+        except sqlite3.Error as exc:
+            self._suspect = self._suspect or _is_damage(exc)
+            raise _translate(exc) from exc
+        except (TypeError, ValueError, OverflowError, IndexError, MemoryError) as exc:
+            self._suspect = True
+            raise Unavailable(f"state.db holds what cannot be right: {exc!r}", hint="try again") from exc
+
+    def make_room(self) -> None:
+        """After StorageFull: move what the write-ahead log holds into the database, so that its space is used again."""
+        with self._reading() as db:
+            db.execute("pragma wal_checkpoint(passive)")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -197,23 +285,26 @@ class State:
                 if stored is not None:
                     check_advance(stored, checkpoint)
             saved = msgspec.structs.replace(checkpoint, time_ns=time.time_ns())
-            db.execute(
-                "insert or replace into checkpoint values(?,?,?,?,?)",
-                (saved.stream, saved.name, saved.incarnation, saved.sequence, saved.time_ns),
-            )
+            db.execute("insert or replace into checkpoint values(?,?,?,?,?,?)", (*_row(saved), _crc(*_row(saved))))
         return saved
 
     def _load(self, db: sqlite3.Connection, stream: str, name: str) -> Checkpoint | None:
         row = db.execute(
-            "select incarnation, sequence, time_ns from checkpoint where stream=? and name=?", (stream, name)
+            "select incarnation, sequence, time_ns, crc from checkpoint where stream=? and name=?", (stream, name)
         ).fetchone()
         if row is None:
             return None
+        if row[3] != _crc(stream, name, *row[:3]):
+            raise Unavailable(
+                f"checkpoint {name} of stream {stream} is damaged",
+                retryable=False,
+                hint="save it with force, or delete it",
+            )
         return Checkpoint(stream=stream, name=name, incarnation=row[0], sequence=row[1], time_ns=row[2])
 
     def load(self, stream: str, name: str) -> Checkpoint | None:
-        with _translated():
-            return self._load(self._read(), stream, name)
+        with self._reading() as db:
+            return self._load(db, stream, name)
 
     def delete_checkpoint(self, stream: str, name: str) -> bool:
         with self._write(synced=True) as db:
@@ -221,11 +312,13 @@ class State:
 
     def checkpoints(self, stream: str) -> list[Checkpoint]:
         query = (
-            "select stream, name, incarnation, sequence, time_ns from checkpoint where ?='' or stream=? order by 1, 2"
+            "select stream, name, incarnation, sequence, time_ns, crc from checkpoint"
+            " where ?='' or stream=? order by 1, 2"
         )
-        with _translated():
-            rows = self._read().execute(query, (stream, stream)).fetchall()
-        return [Checkpoint(stream=r[0], name=r[1], incarnation=r[2], sequence=r[3], time_ns=r[4]) for r in rows]
+        with self._reading() as db:
+            rows = db.execute(query, (stream, stream)).fetchall()
+            good = [r for r in rows if r[5] == _crc(*r[:5])]
+        return [Checkpoint(stream=r[0], name=r[1], incarnation=r[2], sequence=r[3], time_ns=r[4]) for r in good]
 
     def forget_stream(self, stream: str) -> None:
         with self._write(synced=True) as db:
@@ -238,8 +331,8 @@ class State:
     def consumer(
         self, stream: str, incarnation: str, name: str, config: ConsumerConfig | None, *, create: bool
     ) -> ConsumerRow:
-        with _translated():
-            row = self._consumer(self._read(), stream, incarnation, name)
+        with self._reading() as db:
+            row = self._consumer(db, stream, incarnation, name)
         if row is None:
             if not create:
                 raise NotFound(f"stream {stream} has no consumer {name}")
@@ -273,16 +366,16 @@ class State:
         )
 
     def consumers(self, stream: str, incarnation: str) -> list[str]:
-        with _translated():
-            rows = self._read().execute(
+        with self._reading() as db:
+            rows = db.execute(
                 "select name from consumer where stream=? and incarnation=? order by 1", (stream, incarnation)
             )
             return [r[0] for r in rows]
 
     def delivered(self, consumer: int) -> int:
         """The highest sequence handed out or passed over. Raises NotFound when the consumer was deleted."""
-        with _translated():
-            return self._delivered(self._read(), consumer)
+        with self._reading() as db:
+            return self._delivered(db, consumer)
 
     @staticmethod
     def _delivered(db: sqlite3.Connection, consumer: int) -> int:
@@ -483,10 +576,10 @@ class State:
     def ours(self, consumer: int, groups: dict[str, list[int]]) -> set[int]:
         """Which of these are still open under their token."""
         out: set[int] = set()
-        with _translated():
+        with self._reading() as db:
             for token, sequences in groups.items():
                 root, attempt = _parse(token)
-                rows = self._read().execute(
+                rows = db.execute(
                     f"select {_COLUMNS} from lease where root=? and attempt=? and consumer=?", (root, attempt, consumer)
                 )
                 for row in rows:
@@ -522,14 +615,13 @@ class State:
         return count
 
     def leases(self, consumer: int) -> list[Lease]:
-        with _translated():
-            rows = self._read().execute(f"select {_COLUMNS} from lease where consumer=? order by lo", (consumer,))
+        with self._reading() as db:
+            rows = db.execute(f"select {_COLUMNS} from lease where consumer=? order by lo", (consumer,))
             return [Lease(*r) for r in rows]
 
     def figures(self, consumer: int, first: int) -> tuple[int, int, int, int]:
         """(floor, delivered, pending, redelivered)."""
-        with _translated():
-            db = self._read()
+        with self._reading() as db:
             delivered = max(self._delivered(db, consumer), first - 1)
             pending = redelivered = 0
             floor = delivered
@@ -545,11 +637,11 @@ class State:
     def pending(self, consumer: int, limit: int, first: int) -> list[Pending]:
         now = now_ms()
         out: list[Pending] = []
-        with _translated():
-            self._delivered(self._read(), consumer)
-        for lease in self.leases(consumer):
-            due = (lease.deadline - now) / 1000
-            out.extend(Pending(s, lease.attempt, due) for s in lease.open() if s >= first)
+        with self._reading() as db:
+            self._delivered(db, consumer)
+            for lease in self.leases(consumer):
+                due = (lease.deadline - now) / 1000
+                out.extend(Pending(s, lease.attempt, due) for s in lease.open() if s >= first)
         return sorted(out, key=lambda p: p.sequence)[:limit]
 
     def seek(self, consumer: int, after: int) -> None:
@@ -579,12 +671,33 @@ def _parse(token: str) -> tuple[int, int]:
         return 0, 0  # somebody else's token: fits nothing
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as exc:
-        raise _translate(exc) from exc
+def _row(c: Checkpoint) -> tuple[str, str, str, int, int]:
+    return c.stream, c.name, c.incarnation, c.sequence, c.time_ns
+
+
+def _crc(*row: object) -> int:
+    """The checksum of a checkpoint: SQLite would not notice a flipped bit in a number."""
+    return int(crc32c(repr(row).encode("utf-8", "replace")))
+
+
+def _is_damage(exc: sqlite3.Error) -> bool:
+    """Whether the file is to blame, and not the disk, a lock or the caller."""
+    code = getattr(exc, "sqlite_errorcode", None)
+    if code is None:
+        return isinstance(exc, sqlite3.DatabaseError) and not isinstance(exc, sqlite3.OperationalError)
+    # SQLITE_ERROR is what a changed schema answers: all our statements fit ours
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
+
+
+def _examine(db: sqlite3.Connection) -> None:
+    """Raise sqlite3.DatabaseError when the file is damaged, its schema another, or a row cannot be right."""
+    found = db.execute("pragma quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(str(found))
+    for query in _CANNOT_BE:
+        row = db.execute(query).fetchone()
+        if row is not None:
+            raise sqlite3.DatabaseError(f"a row that cannot be right: {row[0]!r}")
 
 
 def _translate(exc: sqlite3.Error) -> MistError:
