@@ -264,36 +264,39 @@ class SimFiles(Files):
         """The file system as it may be found afterwards; this one is left as it is."""
         new = SimFiles(seed=self._rng.randrange(1 << 30))
         new._numbers = self._numbers
-        decided: dict[int, bool] = {}
+        # every choice is made, also about what turns out to be out of reach: so their number does not depend on them
+        nodes: dict[int, _Node] = {}
+        waiting: dict[int, _Entry] = {}
+        look = [self._root]
+        while look:
+            node = look.pop()
+            if id(node) in nodes:
+                continue
+            nodes[id(node)] = node
+            look.extend(child for _, child in sorted({**node.entries, **node.durable}.items()))
+            for entry in node.waiting:
+                waiting[id(entry)] = entry
+                look.extend(target for _, _, target in entry.changes if target is not None)
+        decided = {key: choose.coin() for key in waiting}
         made: dict[int, _Node] = {}
-        new._root = self._survivor(self._root, choose, decided, made)
-        return new
-
-    def _survivor(self, old: _Node, choose: Chooser, decided: dict[int, bool], made: dict[int, _Node]) -> _Node:
-        if id(old) in made:
-            return made[id(old)]
-        node = made[id(old)] = _Node(old.number, directory=old.directory)
-        if not old.directory:
+        for key, old in nodes.items():
+            node = made[key] = _Node(old.number, directory=old.directory)
             node.disk = old.disk.copy()
             for change in old.changes:
                 change.apply(node.disk, choose)
             node.cache = node.disk.copy()
-            return node
-        names = dict(old.durable)
-        for entry in old.waiting:
-            if id(entry) not in decided:
-                decided[id(entry)] = choose.coin()
-            if decided[id(entry)]:
-                for directory, name, target in entry.changes:
-                    if directory is not old:
-                        continue
-                    if target is None:
+        for key, old in nodes.items():
+            names = dict(old.durable)
+            for entry in old.waiting:
+                for directory, name, target in entry.changes if decided[id(entry)] else ():
+                    if directory is old and target is None:
                         names.pop(name, None)
-                    else:
+                    elif directory is old and target is not None:
                         names[name] = target
-        node.durable = {name: self._survivor(target, choose, decided, made) for name, target in sorted(names.items())}
-        node.entries = dict(node.durable)
-        return node
+            made[key].durable = {name: made[id(target)] for name, target in names.items()}
+            made[key].entries = dict(made[key].durable)
+        new._root = made[id(self._root)]
+        return new
 
     def unsettled(self) -> int:
         """How many choices a power cut now would have to make."""
