@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -96,17 +97,36 @@ def table(campaigns: list[Campaign], state: State) -> str:
 
 
 class Teller:
-    """Prints at most one line every ten seconds, and every failure."""
+    """Prints at most one line every ten seconds, and every failure; and a sign of life where a campaign says nothing."""
 
     def __init__(self, minutes: float) -> None:
         self._begun = self._last = time.monotonic()
         self._minutes = minutes
+        self._doing = ""
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
 
     def __call__(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._last >= _SAY_EVERY_S or "FAILED" in text:
-            self._last = now
-            print(f"[{(now - self._begun) / 60:5.1f} of {self._minutes:g} min] {text}", flush=True)
+        with self._lock:
+            self._doing = text
+            if time.monotonic() - self._last >= _SAY_EVERY_S or "FAILED" in text:
+                self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._last = time.monotonic()
+        print(f"[{(self._last - self._begun) / 60:5.1f} of {self._minutes:g} min] {text}", flush=True)
+
+    def _live(self) -> None:
+        while not self._ended.wait(1):
+            with self._lock:
+                if self._doing and time.monotonic() - self._last >= _SAY_EVERY_S + 1:
+                    self._print(f"{self._doing} …")
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
 
 
 def run_slice(campaign: Campaign, budget_s: float, seed: int, tell: Teller) -> dict[str, Any]:
@@ -139,6 +159,8 @@ def run(campaigns: list[Campaign], minutes: float, seed: int, state: State) -> i
             failed += bool(result["failures"])
     except KeyboardInterrupt:
         print("stopped; what was reached is kept")
+    finally:
+        tell.end()
     return failed
 
 
@@ -170,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
         id, _, number = args.repeat.partition(":")
         if id not in BY_ID or not number.isdigit():
             parser.error("--repeat wants ID:SEED, as the failures name them")
-        result = run_slice(BY_ID[id], args.minutes * 60, int(number), Teller(args.minutes))
+        tell = Teller(args.minutes)
+        result = run_slice(BY_ID[id], args.minutes * 60, int(number), tell)
+        tell.end()
         print(json.dumps(result, indent=1))
         return 1 if result["failures"] else 0
     print(f"{args.minutes:g} minutes, {len(chosen)} campaigns, seed {seed}, state in {args.state}", flush=True)
