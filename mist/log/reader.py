@@ -98,8 +98,12 @@ class Reader:
         key = (tail.segment, tail.first_segment)
         if key != self._listed:
             self._segments.refresh()
-            self._segments.bases = [b for b in self._segments.bases if b <= tail.segment]
+            self._segments.bases = bases = [b for b in self._segments.bases if b <= tail.segment]
             self._listed = key
+            for after in [a for a, place in self._places.items() if place[0] not in bases]:
+                del self._places[after]
+            for after in [a for a, rest in self._rests.items() if rest[2][0] not in bases]:
+                del self._rests[after]
 
     def _page(self, after: int, match: Match, limit: int, bytes_max: int, tail: Tail) -> Page:
         self._refresh(tail)

@@ -178,8 +178,8 @@ def c02(
             for at in range(1, _count(script, config) + 1)
         ]
         rng.shuffle(jobs)
-        # a small run takes a few states of every crash point, a long one all of them where that is possible
-        most = 256 if cases is None or cases >= 20_000 else max(cases // 2 // len(jobs), 4)
+        # every crash point comes up before any is looked at in depth; all states of one where they are few
+        most = 64 if cases is None else min(max(cases * 2 // 3 // len(jobs), 4), 256)
         for script, second, at in jobs:
             if not until.more(states) or (cases is not None and states >= cases * 2 // 3):
                 break

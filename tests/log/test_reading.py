@@ -126,3 +126,16 @@ def test_every_small_file_may_hold_anything(name: str, content: bytes) -> None:
             assert after.all() == whole
             assert after.append([Message("a", b"on")]) == [whole[-1].sequence + 1]
             assert Box(copy, 3).all()[:-1] == whole
+
+
+def test_a_place_in_a_removed_segment_is_forgotten() -> None:
+    """Where the ids of a window were read up to may lie at the end of a segment that was trimmed since; building the
+    window again must not look there."""
+    _, box = made(StreamConfig(segment_bytes=8192))
+    box.append([Message("a", b"x" * 3000, "id-1")])
+    box.committer._window.clear()
+    box.append([Message("a", b"x" * 3000, "id-2")])  # reads the ids of segment 1 to its end
+    assert box.reader.tail().segment == 2
+    box.trim(2)
+    box.committer._window.clear()  # as after a failed append
+    assert box.append([Message("a", b"", "id-3"), Message("a", b"", "id-2")]) == [3, 2]
