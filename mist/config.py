@@ -119,13 +119,22 @@ def _leaves(schema: type[Struct], at: str = "") -> list[str]:
 def file_layer(path: Path) -> Layer:
     """A TOML file as a layer. Raises InvalidArgument with the line when it is not TOML, NotFound when absent."""
     try:
-        return Layer(str(path), tomllib.loads(path.read_text(encoding="utf-8-sig")))
+        data = path.read_bytes()
     except FileNotFoundError as exc:
         raise NotFound(f"no configuration file {path}", hint="`mist config init` writes one") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise InvalidArgument(f"{path}: not TOML: {exc}") from exc
     except OSError as exc:
         raise InvalidArgument(f"{path}: cannot be read: {exc.strerror}") from exc
+    return toml_layer(data, str(path))
+
+
+def toml_layer(data: bytes, origin: str) -> Layer:
+    """The bytes of a TOML document as a layer. Raises InvalidArgument with the line."""
+    try:
+        return Layer(origin, tomllib.loads(data.decode("utf-8-sig")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise InvalidArgument(f"{origin}: not TOML: {exc}") from exc
+    except (RecursionError, ValueError) as exc:  # nested too deeply, or a number too long for Python to read
+        raise InvalidArgument(f"{origin}: cannot be read as TOML: {exc}") from exc
 
 
 def env_layers(schema: type[Struct], env: Mapping[str, str], prefix: str = PREFIX) -> list[Layer]:

@@ -197,7 +197,7 @@ class _Parser:
     def _fail(self, what: str) -> InvalidArgument:
         where = self._tokens[self._at].text if self._at < len(self._tokens) else "the end"
         return InvalidArgument(
-            f"--where: {what} at {where!r} in {self._expression[:80]!r}",
+            f"--where: {what} at {where[:40]!r} in {self._expression[:80]!r}",
             hint=EXAMPLE,
         )
 

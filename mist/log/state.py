@@ -11,6 +11,7 @@ goes back for another attempt gets a new one, so that old tokens fit nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import time
@@ -99,6 +100,11 @@ class ConsumerRow(NamedTuple):
 def now_ms() -> int:
     """Milliseconds of the machine's monotonic clock: comparable between processes of one boot."""
     return time.monotonic_ns() // 1_000_000
+
+
+def _wait_ms(config: ConsumerConfig) -> int:
+    """The ack wait in whole milliseconds, never shorter than it was asked for."""
+    return math.ceil(config.ack_wait_s * 1000) + 1
 
 
 class State:
@@ -395,7 +401,7 @@ class State:
         deadline of the next waiting lease, and whether the consumer moved on.
         """
         now = now_ms()
-        until = now + max(int(config.ack_wait_s * 1000), 1)
+        until = now + _wait_ms(config)
         given: list[Lease] = []
         exhausted: list[Lease] = []
         with self._write() as db:
@@ -588,7 +594,7 @@ class State:
 
     def extend(self, consumer: int, config: ConsumerConfig, groups: dict[str, list[int]]) -> int:
         """New deadlines. A subset of a lease is split off, so that the others still return in time."""
-        until = now_ms() + max(int(config.ack_wait_s * 1000), 1)
+        until = now_ms() + _wait_ms(config)
         count = 0
         with self._write() as db:
             self._delivered(db, consumer)

@@ -27,11 +27,14 @@ FINDINGS_MAX = 20
 
 # name -> module; add a line to add a target
 TARGETS = {
+    "config": "tests.fuzz.config",
     "envelope": "tests.fuzz.envelope",
     "lines": "tests.fuzz.lines",
     "msgpack": "tests.fuzz.msgpack",
+    "position": "tests.fuzz.position",
     "subject": "tests.fuzz.subject",
     "url": "tests.fuzz.url",
+    "where": "tests.fuzz.where",
 }
 
 
