@@ -92,19 +92,19 @@ def _overlay(
         if key not in known:
             near = get_close_matches(key, known, n=1)
             raise InvalidArgument(
-                f"{origin}: unknown key {dotted!r}",
+                f"{origin}: unknown key {dotted[:80]!r}",
                 hint=f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}",
             )
         kind = known[key].type
         if isinstance(kind, type) and issubclass(kind, Struct):
             if not isinstance(value, Mapping):
-                raise InvalidArgument(f"{origin}: {dotted} is a table, not {value!r}")
+                raise InvalidArgument(f"{origin}: {dotted} is a table, not {str(value)[:40]!r}")
             _overlay(kind, into.setdefault(key, {}), value, origin, origins, f"{dotted}.")
             continue
         try:
             into[key] = msgspec.convert(value, kind, strict=not isinstance(value, str))
         except msgspec.ValidationError as exc:
-            raise InvalidArgument(f"{origin}: {dotted} = {str(value)[:40]!r}: {exc}") from exc
+            raise InvalidArgument(f"{origin}: {dotted} = {str(value)[:40]!r}: {str(exc)[:200]}") from exc
         origins[dotted] = origin
 
 
@@ -132,7 +132,7 @@ def toml_layer(data: bytes, origin: str) -> Layer:
     try:
         return Layer(origin, tomllib.loads(data.decode("utf-8-sig")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise InvalidArgument(f"{origin}: not TOML: {exc}") from exc
+        raise InvalidArgument(f"{origin}: not TOML: {str(exc)[:200]}") from exc
     except (RecursionError, ValueError) as exc:  # nested too deeply, or a number too long for Python to read
         raise InvalidArgument(f"{origin}: cannot be read as TOML: {exc}") from exc
 

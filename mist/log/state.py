@@ -646,7 +646,7 @@ class State:
         with self._reading() as db:
             self._delivered(db, consumer)
             for lease in self.leases(consumer):
-                due = (lease.deadline - now) / 1000
+                due = (lease.deadline - now - 1) / 1000  # deadlines are rounded up
                 out.extend(Pending(s, lease.attempt, due) for s in lease.open() if s >= first)
         return sorted(out, key=lambda p: p.sequence)[:limit]
 
