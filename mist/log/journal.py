@@ -722,6 +722,11 @@ class Journal:
         if before > tail.durable + 1:
             raise CursorAhead(after=before - 1, last=tail.durable, stream=self.name)
         if before <= tail.first:
+            try:
+                if before > self._read_trim():
+                    self._write_trim(before)  # they expired, which a power cut might take back
+            except OSError as exc:
+                raise storage_error(exc, f"stream {self.name}: trim") from exc
             return 0
         try:
             new = self._placed(tail, before)
