@@ -40,6 +40,13 @@ class Files:
             got += len(more)
         return b"".join(parts)
 
+    def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        """Fill the buffer; how many bytes there were, fewer only at the end of the file."""
+        got = 0
+        while got < len(buffer) and (more := os.preadv(fd, [buffer[got:]], offset + got)):
+            got += more
+        return got
+
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         """One write call; may be short."""
         return os.pwrite(fd, data, offset)

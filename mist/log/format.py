@@ -12,6 +12,7 @@ index    slot k (24 bytes): the first block that starts in the k-th 64 KiB of th
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from array import array
 from itertools import repeat
@@ -179,7 +180,7 @@ def encode_block(columns: Columns, *, base: int, time_ns: int, chain: int, seed:
     return [BLOCK_MAGIC + crc.to_bytes(4, "little") + rest + meta, data], crc
 
 
-def block_header(data: bytes, at: int = 0) -> BlockHeader | None:
+def block_header(data: bytes | bytearray, at: int = 0) -> BlockHeader | None:
     """The header of the block at `at`, unchecked but for its shape; None when no block starts there."""
     if len(data) - at < BLOCK_HEADER:
         return None
@@ -200,8 +201,12 @@ def block_header(data: bytes, at: int = 0) -> BlockHeader | None:
     )
 
 
-def block_ok(block: bytes, header: BlockHeader, seed: int) -> bool:
+def block_ok(block: bytes | bytearray, header: BlockHeader, seed: int) -> bool:
     """Whether the checksum of a whole block holds. `block` starts at its magic and may be longer."""
+    if block.__class__ is bytearray:
+        # google-crc32c takes no buffer that may change under it; a ctypes view passes without a copy
+        view = (ctypes.c_char * (header.size - 8)).from_buffer(block, 8)
+        return bool(crc32c_extend(seed, view) == header.crc)
     return len(block) >= header.size and crc32c_extend(seed, block[8 : header.size]) == header.crc
 
 
@@ -224,7 +229,7 @@ class Meta(NamedTuple):
         return self.which if len(self.subjects) <= 256 else memoryview(self.which).cast("H")
 
 
-def decode_meta(block: bytes, header: BlockHeader) -> Meta:
+def decode_meta(block: bytes | bytearray, header: BlockHeader) -> Meta:
     """The meta part of a block; `block` may end behind it. Raises BadBytes."""
     try:
         meta = Meta(*_decode_meta(memoryview(block)[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]))
@@ -242,7 +247,7 @@ def decode_meta(block: bytes, header: BlockHeader) -> Meta:
     return meta
 
 
-def decode_records(block: bytes, header: BlockHeader, meta: Meta) -> list[Record]:
+def decode_records(block: bytes | bytearray, header: BlockHeader, meta: Meta) -> list[Record]:
     """All records of a block whose checksum holds. Raises BadBytes."""
     start = BLOCK_HEADER + header.meta_len
     try:

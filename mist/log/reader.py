@@ -16,6 +16,7 @@ from mist.log.format import (
     BLOCK_HEADER,
     SEGMENT_HEADER,
     BadBytes,
+    BlockHeader,
     Meta,
     Tail,
     block_header,
@@ -30,6 +31,7 @@ from mist.log.segments import Block, Gap, Segments
 _CHUNK_MIN = 128 * 1024
 _CHUNK_MAX = 1024 * 1024
 _LARGE = 64 * 1024
+_BUFFER_MAX = 4 * 1024 * 1024
 _SCAN_BYTES = 32 * 1024 * 1024
 _PLACES = 256
 _RESTS = 8
@@ -47,6 +49,7 @@ class Reader:
         self._segments = Segments(journal.files, journal.path, journal.segments.seed)
         self._listed = (0, 0)
         self._large = False  # whether the last block was: the next one is read alone
+        self._buffer = bytearray()
         # after -> (segment, offset of the block that holds the next record, checksum of the block before it or None)
         self._places: OrderedDict[int, _Place] = OrderedDict()
         # after -> the undelivered records of that block, from the one after `after`, and where the next block starts
@@ -136,14 +139,9 @@ class Reader:
                 fd = self._segments.fd(segment)
                 start = offset
             at = offset - start
-            if self._large:
-                # its own read, of just its bytes: a slice of a chunk would be a copy
-                header = block_header(pread(fd, BLOCK_HEADER, offset))
-                size_now = header.size if header is not None and header.size < 1 << 28 else BLOCK_HEADER
-                chunk, start, at = pread(fd, size_now, offset), offset, 0
-            else:
-                header = block_header(chunk, at)
-            if header is None or at + header.size > len(chunk):
+            alone = self._alone(fd, offset) if self._large and not retried else None
+            header = alone if alone is not None else block_header(chunk, at)
+            if alone is None and (header is None or at + header.size > len(chunk)):
                 count = max(header.size if header is not None and header.size < 1 << 28 else 0, want)
                 if segment == tail.segment:
                     # a follower wants one block: not the reserved space behind it as well
@@ -154,9 +152,13 @@ class Reader:
                 header = block_header(chunk)
                 if header is not None and header.size > len(chunk) and header.size < 1 << 28:
                     chunk = pread(fd, header.size, offset)
-            block = (
-                b"" if header is None else chunk[at : at + header.size] if at or len(chunk) != header.size else chunk
-            )
+            block: bytes | bytearray
+            if alone is not None:
+                block = self._buffer
+            elif header is None:
+                block = b""
+            else:
+                block = chunk[at : at + header.size] if at or len(chunk) != header.size else chunk
             if (
                 header is None
                 or not block_ok(block, header, seed)
@@ -226,6 +228,19 @@ class Reader:
                 break
         self._remember_place(scanned, (segment, offset, chain))
         return Page(out, scanned, mark)
+
+    def _alone(self, fd: int, offset: int) -> BlockHeader | None:
+        """Read the block at `offset` into the kept buffer; None where it does not fit or is not whole.
+
+        Fresh memory for every large block costs more in page faults than reading and checking it.
+        """
+        header = block_header(self._files.pread(fd, BLOCK_HEADER, offset))
+        if header is None or header.size > _BUFFER_MAX:
+            return None
+        if len(self._buffer) < header.size:
+            self._buffer = bytearray(min(header.size * 2, _BUFFER_MAX))
+        got = self._files.pread_into(fd, memoryview(self._buffer)[: header.size], offset)
+        return header if got == header.size and block_header(self._buffer) == header else None
 
     def _remember_place(self, after: int, place: _Place) -> None:
         self._places[after] = place

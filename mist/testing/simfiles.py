@@ -451,6 +451,11 @@ class SimFiles(Files):
             self._before("pread", path)
             return node.cache.read(count, offset)
 
+    def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        data = self.pread(fd, len(buffer), offset)
+        buffer[: len(data)] = data
+        return len(data)
+
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         return self._write("pwrite", fd, bytes(data), offset)
 
@@ -634,6 +639,10 @@ class FaultyFiles(Files):
     def pread(self, fd: int, count: int, offset: int) -> bytes:
         self._before("pread", self._paths.get(fd, ""))
         return super().pread(fd, count, offset)
+
+    def pread_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        self._before("pread", self._paths.get(fd, ""))
+        return super().pread_into(fd, buffer, offset)
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         if self._before("pwrite", self._paths.get(fd, "")):
