@@ -51,7 +51,7 @@ class Files:
         """One write call; may be short."""
         return os.pwrite(fd, data, offset)
 
-    def pwritev(self, fd: int, parts: Sequence[bytes], offset: int) -> int:
+    def pwritev(self, fd: int, parts: Sequence[bytes | bytearray], offset: int) -> int:
         """One gathering write call; may be short."""
         return os.pwritev(fd, parts, offset)
 
@@ -118,7 +118,7 @@ class Files:
 REAL = Files()
 
 
-def write_all(files: Files, fd: int, parts: Sequence[bytes], offset: int) -> int:
+def write_all(files: Files, fd: int, parts: Sequence[bytes | bytearray], offset: int) -> int:
     """Write all parts one behind the other and return the end offset, going on after short writes.
 
     Raises OSError; how much was written then is unknown to the caller, who must cut back.

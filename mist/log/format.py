@@ -48,7 +48,8 @@ _TRIM = struct.Struct("<8sQQ")
 BLOCK_RECORDS_MAX = 65_535
 BLOCK_DATA_MAX = 16 * 1024 * 1024
 
-_encode = msgspec.msgpack.Encoder().encode
+_encoder = msgspec.msgpack.Encoder()
+_encode = _encoder.encode
 _decode_payloads = msgspec.msgpack.Decoder(list[bytes]).decode
 _Meta = tuple[list[str], bytes, list[str] | None, list[list[tuple[str, str]]] | None]
 _decode_meta = msgspec.msgpack.Decoder(_Meta).decode
@@ -159,8 +160,13 @@ class Columns(NamedTuple):
     headers: list[Headers] | None
 
 
-def encode_block(columns: Columns, *, base: int, time_ns: int, chain: int, seed: int) -> tuple[list[bytes], int]:
-    """The parts of a block, to be written one behind the other, and its CRC (the chain of the next one)."""
+def encode_block(
+    columns: Columns, *, base: int, time_ns: int, chain: int, seed: int, into: bytearray | None = None
+) -> tuple[list[bytes | bytearray], int]:
+    """The parts of a block, to be written one behind the other, and its CRC (the chain of the next one).
+
+    `into` is a buffer to use for the data part; the parts are good until it is used again.
+    """
     subjects = columns.subjects
     count = len(subjects)
     distinct = list(dict.fromkeys(subjects))
@@ -173,10 +179,16 @@ def encode_block(columns: Columns, *, base: int, time_ns: int, chain: int, seed:
         else:
             index = array("H", map(numbers.__getitem__, subjects)).tobytes()
     meta = _encode((distinct, index, columns.ids, columns.headers))
-    data = _encode(columns.datas)
+    data: bytes | bytearray
+    checked: Any
+    if into is None:
+        data = checked = _encode(columns.datas)
+    else:
+        _encoder.encode_into(columns.datas, into)
+        data, checked = into, (ctypes.c_char * len(into)).from_buffer(into)
     check = crc32c_extend(seed, meta) & 0xFFFF
     rest = _AFTER_CRC.pack(VERSION, 0, check, count, len(meta), len(data), chain, base, time_ns)
-    crc = crc32c_extend(crc32c_extend(seed, rest + meta), data)
+    crc = crc32c_extend(crc32c_extend(seed, rest + meta), checked)
     return [BLOCK_MAGIC + crc.to_bytes(4, "little") + rest + meta, data], crc
 
 

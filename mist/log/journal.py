@@ -73,6 +73,7 @@ QUARANTINE = "quarantine"
 STREAM = "stream"
 TRIM = "trim"
 NEW = ".new-"
+_SCRATCH_MAX = 4 * 1024 * 1024
 _RESERVE_MIN = 1024 * 1024
 _COPY_BYTES = 1024 * 1024
 _WARNINGS_MAX = 100
@@ -131,6 +132,7 @@ class Journal:
         self._index: tuple[int, int] | None = None
         self._region = -1
         self._reserved = (0, 0)
+        self._scratch = bytearray()  # fresh memory for every block would cost more in page faults than encoding it
         self._failed: set[int] = set()  # segments of which a sync failed here, for when the lock file cannot say so
         self.tail: Tail
         try:
@@ -344,7 +346,12 @@ class Journal:
         tail = self.tail
         now = max(self.clock.time_ns(), tail.time_ns)
         base = tail.durable + 1
-        parts, crc = encode_block(columns, base=base, time_ns=now, chain=tail.chain, seed=self.segments.seed)
+        buffer = self._scratch if len(columns.datas) > 1 else None
+        parts, crc = encode_block(
+            columns, base=base, time_ns=now, chain=tail.chain, seed=self.segments.seed, into=buffer
+        )
+        if len(self._scratch) > _SCRATCH_MAX:
+            self._scratch = bytearray()  # one large block; `parts` still holds it
         size = len(parts[0]) + len(parts[1])
         try:
             if self._must_roll(tail, size, now):

@@ -459,7 +459,7 @@ class SimFiles(Files):
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
         return self._write("pwrite", fd, bytes(data), offset)
 
-    def pwritev(self, fd: int, parts: Sequence[bytes], offset: int) -> int:
+    def pwritev(self, fd: int, parts: Sequence[bytes | bytearray], offset: int) -> int:
         return self._write("pwritev", fd, b"".join(parts), offset)
 
     def _write(self, kind: str, fd: int, data: bytes, offset: int) -> int:
@@ -649,7 +649,7 @@ class FaultyFiles(Files):
             data = data[: len(data) // 2]
         return super().pwrite(fd, data, offset) if data else 0
 
-    def pwritev(self, fd: int, parts: Sequence[bytes], offset: int) -> int:
+    def pwritev(self, fd: int, parts: Sequence[bytes | bytearray], offset: int) -> int:
         if self._before("pwritev", self._paths.get(fd, "")):
             whole = b"".join(parts)
             return super().pwrite(fd, whole[: len(whole) // 2], offset)
