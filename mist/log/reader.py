@@ -101,7 +101,9 @@ class Reader:
         key = (tail.segment, tail.first_segment)
         if key != self._listed:
             self._segments.refresh()
-            self._segments.bases = bases = [b for b in self._segments.bases if b <= tail.segment]
+            # older files may still be there: they go after the page is published, and the key does not change again
+            bases = [b for b in self._segments.bases if tail.first_segment <= b <= tail.segment]
+            self._segments.bases = bases
             self._listed = key
             for after in [a for a, place in self._places.items() if place[0] not in bases]:
                 del self._places[after]
@@ -286,7 +288,13 @@ class Reader:
 
     def locate(self, time_ns: int) -> int:
         """The first kept sequence whose block time is >= time_ns; last + 1 when there is none."""
-        tail = self.tail()
+        try:
+            return self._locate(time_ns, self.tail())
+        except FileNotFoundError:  # a segment went while we looked
+            self._forget()
+            return self._locate(time_ns, self.tail())
+
+    def _locate(self, time_ns: int, tail: Tail) -> int:
         self._refresh(tail)
         if tail.durable < tail.first or time_ns > tail.time_ns:
             return tail.durable + 1

@@ -139,3 +139,29 @@ def test_a_place_in_a_removed_segment_is_forgotten() -> None:
     box.trim(2)
     box.committer._window.clear()  # as after a failed append
     assert box.append([Message("a", b"", "id-3"), Message("a", b"", "id-2")]) == [3, 2]
+
+
+def test_a_list_made_before_the_removal_is_not_believed() -> None:
+    """A reader that lists segments between a publication and the removal it announces does not go back to them.
+
+    Found by C02: the id window asked for a time, and the append failed with "No such file".
+    """
+    files, box = made(StreamConfig(segment_bytes=8192))
+    for i in range(12):
+        box.append([Message("a", b"x" * 3000, f"id-{i}")])
+    reader = box.reader
+    tail = reader.tail()
+    oldest = reader._segments.refresh()[0]
+    box.trim(11)
+    after = reader.tail()
+    assert after.first_segment > oldest
+    name = f"{PATH}/{oldest:020d}.seg"
+    fd = files.open(name, create=True)  # the removal is late: the file is still there when the reader lists
+    files.close(fd)
+    reader._listed = (0, 0)
+    reader._refresh(after)
+    files.unlink(name)
+    assert reader._segments.bases[0] == after.first_segment
+    assert reader.locate(0) == after.first
+    assert [r.sequence for r in reader.page(after=10, match=None, limit=10, bytes_max=1 << 20).records] == [11, 12]
+    assert tail.durable == after.durable
