@@ -118,4 +118,11 @@ def redact(text: str) -> str:
             user = f"{user}:" if user and colon and "@" not in user else ""
             path = f"{user}***@{path[path.rindex('@') + 1 :]}"
         text = f"{scheme}//{path}{mark}{_NESTED.sub('***@', query)}"
-    return _PARAMETER.sub(lambda m: f"{m[1]}{m[2]}=***" if _SECRET_KEY.search(unquote(m[2])) else m[0], text)
+    # in two parts: an & before the ? must not take the ? for a part of its value
+    head, mark, query = text.partition("?")
+    return _PARAMETER.sub(_hidden, head) + _PARAMETER.sub(_hidden, mark + query)
+
+
+def _hidden(parameter: re.Match[str]) -> str:
+    key = parameter[2]
+    return f"{parameter[1]}{key}=***" if _SECRET_KEY.search(unquote(key)) else parameter[0]
