@@ -92,6 +92,15 @@ def decode(data: bytes | bytearray | memoryview) -> Envelope:
     Raises Malformed (or NotFinite, LoneSurrogate, TooDeep where that is why it is not JSON), MissingField,
     VersionUnsupported or ChecksumMismatch.
     """
+    if data.__class__ is bytes:
+        # the common case by itself: two calls fewer are a tenth of it
+        try:
+            env = _decode(data)
+        except _NOT_JSON:
+            pass
+        else:
+            if env.version == "1" and env.id and env.source and env.type and not env.checksum:
+                return env
     try:
         return _one(data)
     except ProtocolError as exc:
