@@ -625,10 +625,11 @@ class LogConsumer(Consumer):
         try:
             given, exhausted, waiting, moved = await asyncio.shield(taking)
         except asyncio.CancelledError:
-            # the transaction may still commit: what it leased to us goes back, unseen
-            with contextlib.suppress(Exception):
-                given, exhausted, _, _ = await taking
-                await self._return([*given, *exhausted])
+            # the transaction may still commit: what it leased to us goes back, unseen; those out of attempts come back
+            # by themselves. Where giving back fails, the ack wait does it
+            with contextlib.suppress(MistError):
+                given, *_ = await taking
+                await self._return(given)
             raise
         if exhausted:
             for lease in exhausted:
