@@ -64,7 +64,7 @@ def check_stream(name: str) -> str:
     """The name, if it may name a stream: `[A-Za-z0-9_=-]`, not starting with `-`, at most 128 characters."""
     if len(name) > STREAM_CHARS_MAX or not _STREAM.fullmatch(name):
         raise InvalidArgument(
-            f"not a stream name: {name[:80]!r}",
+            f"not a stream name: {name[:40]!r}",
             hint=f"letters, digits, _ and -, at most {STREAM_CHARS_MAX} characters",
         )
     return name
