@@ -347,7 +347,7 @@ def test_tokens_of_a_file_that_was_set_aside_fit_nothing(tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_ours_and_leaves_reading(tmp_path: Path) -> None:
-    """StorageFull, and everything stored stays readable."""
+    """StorageFull, everything stored stays readable, and deleting makes room (a row may grow, so saving one needs some)."""
     state = filled(tmp_path)
     with state._reading() as db:
         pages = db.execute("pragma page_count").fetchone()[0]
@@ -358,7 +358,12 @@ def test_a_full_disk_is_ours_and_leaves_reading(tmp_path: Path) -> None:
     found = state.load("s", "cursor-59")
     assert found is not None
     assert found.sequence == 60
+    more = [c.name for c in state.checkpoints("s") if c.name.startswith("more-")]
+    assert all(state.delete_checkpoint("s", name) for name in more)
     state.save(at(61, "cursor-59"), force=False)
+    found = state.load("s", "cursor-59")
+    assert found is not None
+    assert found.sequence == 61
     state.close()
 
 
