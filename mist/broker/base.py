@@ -99,6 +99,8 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     dedupe: bool = True
     """Undeclared: ids are stored but never compared, and a dedupe window in StreamConfig is refused."""
     consumers: bool = True
+    pending: bool = True
+    """`Consumer.pending` lists the unsettled deliveries. Undeclared: `ConsumerInfo.pending` still counts them."""
     checkpoints: bool = True
     trim: bool = True
     locate: bool = True
@@ -444,7 +446,7 @@ class Consumer(ABC):
 
     @abstractmethod
     async def pending(self, *, limit: int = 1000) -> list[Pending]:
-        """Unsettled deliveries by sequence."""
+        """Unsettled deliveries by sequence. A capability of its own: some servers count them and list none."""
 
     @abstractmethod
     async def seek(self, after: int) -> None:

@@ -138,7 +138,7 @@ def test_cases_that_need_a_hook_or_persistence_run(case: str, monkeypatch: pytes
 # --- a variant with nothing: every optional call refuses -----------------------------------------------------------
 
 NOTHING = Capabilities(
-    conditional_append=False, dedupe=False, consumers=False, checkpoints=False, trim=False, locate=False,
+    conditional_append=False, dedupe=False, consumers=False, pending=False, checkpoints=False, trim=False, locate=False,
     retention=False, delete=False,
 )  # fmt: skip
 

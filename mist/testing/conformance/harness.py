@@ -195,6 +195,14 @@ async def expect_refusal(env: Env, capability: str) -> None:
         ):
             with pytest.raises(Unsupported):
                 await call()
+    elif capability == "pending":
+        stream = await env.stream()
+        if env.broker.capabilities.append:
+            await stream.append([Message("a", b"")])
+        consumer = await stream.consumer("c")
+        with pytest.raises(Unsupported):
+            await consumer.pending()
+        assert (await consumer.info()).pending == 0
     elif capability == "delete":
         await env.stream()
         with pytest.raises(Unsupported):

@@ -116,7 +116,8 @@ class Positions(Harness):
         info = await consumer.info()
         assert (info.pending, info.lag) == (3, 5)
         assert info.floor >= s[4]
-        assert [p.sequence for p in await consumer.pending()] == s[5:8]
+        if env.broker.capabilities.pending:
+            assert [p.sequence for p in await consumer.pending()] == s[5:8]
         assert await consumer.ack(got) == 3
         assert sequences_of(await take(env, consumer, 2)) == s[8:]
         fresh = await stream.consumer("late", worker_config())
