@@ -1,4 +1,7 @@
-"""Run the benchmarks: `python -m bench [--only NAME,…] [--rounds N] [--scale F] [--dir DIR] [--format json]`."""
+"""Run the benchmarks: `python -m bench [--only NAME,…] [--rounds N] [--scale F] [--dir DIR] [--format json]`.
+
+Parts: append, replay, follow, consume, start (the embedded log), nats, redis, latency, memory, copy (the servers).
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bench import appending, consuming, following, replaying, starting
+from bench import appending, consuming, following, replaying, servers, starting
 from bench.common import Board
+
+PARTS = ("append", "replay", "follow", "consume", "start", "nats", "redis", "latency", "memory", "copy")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", default="append,replay,follow,consume,start", help="comma-separated parts")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio", help="for the parts of the servers")
     parser.add_argument("--scale", type=float, default=1.0, help="0.1 for a quick look")
     parser.add_argument(
         "--dir", type=Path, help="where to write (a real disk, not tmpfs); default: the temporary directory"
@@ -24,6 +30,10 @@ def main() -> None:
     base = Path(tempfile.mkdtemp(prefix="mist-bench-", dir=args.dir))
     board = Board(args.format == "json")
     parts = args.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.dir is not None:
+        tempfile.tempdir = str(args.dir)  # the servers' directories too
     try:
         if "append" in parts:
             appending.run(board, base, args.rounds, args.scale)
@@ -35,6 +45,7 @@ def main() -> None:
             consuming.run(board, base, args.rounds, args.scale)
         if "start" in parts:
             starting.run(board, args.rounds)
+        servers.run(board, parts, args.rounds, args.scale, args.loop)
         board.finish()
     finally:
         shutil.rmtree(base, ignore_errors=True)

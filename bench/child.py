@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import os
 import select
 import struct
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import mist
+from bench import ours
 from bench.common import encoded, messages
 from mist import Message
 from mist.broker.cursor import Cursor
@@ -42,9 +46,7 @@ async def replay(path: str, count: int) -> None:
             codec.decode(record.data)
             n += 1
         assert n >= count
-    # not ru_maxrss: that one starts from what the parent had when it forked
-    status = Path("/proc/self/status").read_text().splitlines()
-    say(next(line.split()[1] for line in status if line.startswith("VmHWM:")))
+    say(resident_mb() * 1024)
 
 
 async def consume(path: str, name: str) -> None:
@@ -99,6 +101,95 @@ async def send(path: str, count: int) -> None:
             await stream.append([Message("trace.span", stamp + body, f"{i:032x}")])
 
 
+async def latency_mist(url: str, count: int) -> None:
+    """A worker: fetch, look at the stamp, acknowledge."""
+    async with mist.connect(url) as broker:
+        stream = await ours.remade(broker, "latency")
+        consumer = await stream.consumer("worker")
+        say("ready")
+        times: list[float] = []
+        while len(times) < count:
+            got = await consumer.fetch(limit=100, wait_s=30)
+            now = time.time_ns()
+            times.extend((now - stamp_of(d.record.data)) / 1000 for d in got)
+            await consumer.ack(got)
+        say(percentiles(times[100:]))
+
+
+def stamp_of(body: bytes) -> int:
+    return int(body[30 : body.index(b",", 30)])
+
+
+def stamped() -> bytes:
+    """An envelope of about 424 bytes with the time first, where it is found without decoding."""
+    return b'{"version":"1","timestamp_ns":%d,' % time.time_ns() + _REST
+
+
+_REST = b'"id":"%032d","source":"infermux","type":"trace.span","payload":{"x":"%s"}}' % (0, b"y" * 300)
+
+
+async def paced(count: int, send: Callable[[bytes], Awaitable[object]]) -> None:
+    """`send` 1,000 times a second."""
+    due = time.perf_counter()
+    for _ in range(count):
+        due += 0.001
+        if (left := due - time.perf_counter()) > 0:
+            await asyncio.sleep(left)
+        await send(stamped())
+
+
+async def paced_mist(url: str, count: int) -> None:
+    async with mist.connect(url) as broker:
+        stream = await broker.open("latency", create=False)
+        await paced(count, lambda body: stream.append([Message("trace.span", body)]))
+
+
+async def latency_faststream(kind: str, url: str, count: int) -> None:
+    from bench import nats_peers, redis_peers
+
+    times: list[float] = []
+
+    def seen(body: dict[str, int]) -> None:
+        times.append((time.time_ns() - body["timestamp_ns"]) / 1000)
+
+    peers = nats_peers if kind == "nats" else redis_peers
+    await peers.subscribe(url, count, seen, lambda: say("ready"))
+    say(percentiles(times[100:]))
+
+
+async def paced_faststream(kind: str, url: str, count: int) -> None:
+    from bench import nats_peers, redis_peers
+
+    if kind == "nats":
+        nats_broker = nats_peers.NatsBroker(nats_peers.plain(url), logger=None)
+        await nats_broker.connect()
+        await paced(count, lambda body: nats_broker.publish(body, nats_peers.SUBJECT, stream=nats_peers.STREAM))
+        await nats_broker.stop()
+    else:
+        redis_broker = redis_peers.RedisBroker(url, logger=None)
+        await redis_broker.connect()
+        await paced(count, lambda body: redis_broker.publish(body, stream=redis_peers.STREAM_FASTSTREAM))
+        await redis_broker.stop()
+
+
+async def memory(url: str, count: int) -> None:
+    """Resident megabytes after appending, replaying and consuming `count` records."""
+    found: dict[str, float] = {}
+    await ours.fill(url, count)
+    found["append"] = resident_mb()
+    await ours.replay(url, after=0, count=count)
+    found["replay"] = resident_mb()
+    await ours.consume(url, count, "memory")
+    found["consume"] = resident_mb()
+    say(json.dumps(found))
+
+
+def resident_mb() -> float:
+    """The most this process ever held (VmHWM: ru_maxrss would start from the parent's)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM:"))) / 1024
+
+
 def follow_bare(path: str, count: int, synced: bool) -> None:
     """`synced`: woken by the mark that is written after the sync, as a follower of durable records must be; otherwise
     by the write itself, before it is durable."""
@@ -141,6 +232,11 @@ def send_bare(path: str, count: int) -> None:
 
 def main() -> None:
     role, path, *rest = sys.argv[1:]
+    logging.disable(logging.INFO)
+    if os.environ.get("MIST_BENCH_LOOP") == "uvloop":
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     if role == "append":
         asyncio.run(append(path))
     elif role == "replay":
@@ -151,6 +247,16 @@ def main() -> None:
         asyncio.run(follow(path, int(rest[0])))
     elif role == "send":
         asyncio.run(send(path, int(rest[0])))
+    elif role == "latency-mist":
+        asyncio.run(latency_mist(path, int(rest[0])))
+    elif role == "paced-mist":
+        asyncio.run(paced_mist(path, int(rest[0])))
+    elif role.startswith("latency-faststream-"):
+        asyncio.run(latency_faststream(role.rpartition("-")[2], path, int(rest[0])))
+    elif role.startswith("paced-faststream-"):
+        asyncio.run(paced_faststream(role.rpartition("-")[2], path, int(rest[0])))
+    elif role == "memory":
+        asyncio.run(memory(path, int(rest[0])))
     elif role in ("follow-bare", "follow-unsynced"):
         follow_bare(path, int(rest[0]), role == "follow-bare")
     elif role == "send-bare":

@@ -1,0 +1,166 @@
+"""The same work as bench.ours with redis-py and with FastStream, as their documents advise it.
+
+They work on a stream of their own, `peer`. redis-py speaks RESP2 with hiredis, its fastest setting. FastStream's
+consumers read what FastStream published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import redis.asyncio as redis
+from faststream.redis import RedisBroker, StreamSub
+
+from mist.protocol import codec
+
+STREAM, GROUP = "peer", "peer-group"
+STREAM_FASTSTREAM = "peer-faststream"
+
+
+async def pipeline(url: str, bodies: list[bytes], *, batch: int = 1000) -> float:
+    """redis-py: XADD in pipelines of `batch`, without ids and without a check."""
+    client = redis.Redis.from_url(url)
+    try:
+        await client.delete(STREAM)
+        start = time.perf_counter()
+        for i in range(0, len(bodies), batch):
+            async with client.pipeline(transaction=False) as pipe:
+                for body in bodies[i : i + batch]:
+                    pipe.xadd(STREAM, {"data": body})
+                await pipe.execute()
+        took = time.perf_counter() - start
+        assert await client.xlen(STREAM) == len(bodies)
+        return len(bodies) / took
+    finally:
+        await client.aclose()
+
+
+async def faststream_each(url: str, bodies: list[bytes]) -> float:
+    """FastStream `publish(stream=)`, each awaited."""
+    broker = RedisBroker(url, logger=None)
+    await broker.connect()
+    try:
+        start = time.perf_counter()
+        for body in bodies:
+            await broker.publish(body, stream=STREAM_FASTSTREAM, maxlen=1_000_000)
+        return len(bodies) / (time.perf_counter() - start)
+    finally:
+        await broker.stop()
+
+
+async def fill(url: str, bodies: list[bytes], count: int) -> None:
+    """The stream for redis-py."""
+    await pipeline(url, [bodies[i % len(bodies)] for i in range(count)])
+
+
+async def fill_faststream(url: str, bodies: list[bytes], count: int) -> None:
+    """The stream for FastStream's consumers, written by FastStream."""
+    client = redis.Redis.from_url(url)
+    await client.delete(STREAM_FASTSTREAM)
+    await client.aclose()
+    broker = RedisBroker(url, logger=None)
+    await broker.connect()
+    for i in range(0, count, 50):  # its pool raises above 100 connections
+        some = [bodies[j % len(bodies)] for j in range(i, min(i + 50, count))]
+        await asyncio.gather(*(broker.publish(b, stream=STREAM_FASTSTREAM) for b in some))
+    await broker.stop()
+
+
+async def group(url: str, count: int) -> float:
+    """redis-py: XREADGROUP of 1000, decode, one XACK of 1000."""
+    decode = codec.decode
+    client = redis.Redis.from_url(url, protocol=2)
+    try:
+        await client.xgroup_create(STREAM, GROUP, "0")
+        n = 0
+        start = time.perf_counter()
+        while n < count:
+            answer: Any = await client.xreadgroup(GROUP, "me", {STREAM: ">"}, count=1000)
+            entries = answer[0][1]
+            for _, fields in entries:
+                decode(fields[b"data"])
+            await client.xack(STREAM, GROUP, *[i for i, _ in entries])
+            n += len(entries)
+        took = time.perf_counter() - start
+        await client.xgroup_destroy(STREAM, GROUP)
+        return n / took
+    finally:
+        await client.aclose()
+
+
+async def replay(url: str, count: int) -> float:
+    """redis-py: XRANGE of 1000 from the middle, decoded."""
+    decode = codec.decode
+    client = redis.Redis.from_url(url, protocol=2)
+    try:
+        whole = await client.xlen(STREAM)
+        skipped = whole - count
+        at: Any = b"-"
+        while skipped > 0:
+            entries: Any = await client.xrange(STREAM, at, "+", count=min(skipped, 100_000))
+            at = b"(" + entries[-1][0]
+            skipped -= len(entries)
+        n = 0
+        start = time.perf_counter()
+        while n < count:
+            entries = await client.xrange(STREAM, at, "+", count=1000)
+            for _, fields in entries:
+                decode(fields[b"data"])
+            n += len(entries)
+            at = b"(" + entries[-1][0]
+        return n / (time.perf_counter() - start)
+    finally:
+        await client.aclose()
+
+
+async def faststream_batch(url: str, count: int) -> float:
+    """FastStream: a group's subscriber in batches of 1000, the JSON decoded by it."""
+    client = redis.Redis.from_url(url)
+    await client.xgroup_create(STREAM_FASTSTREAM, GROUP, "0")
+    broker = RedisBroker(url, logger=None)
+    done = asyncio.get_running_loop().create_future()
+    left = count
+    sub = StreamSub(STREAM_FASTSTREAM, group=GROUP, consumer="me", batch=True, max_records=1000)
+
+    @broker.subscriber(stream=sub)
+    async def handle(messages: list[dict[str, Any]]) -> None:
+        nonlocal left
+        left -= len(messages)
+        if left <= 0 and not done.done():
+            done.set_result(None)
+
+    start = time.perf_counter()
+    await broker.start()
+    try:
+        await asyncio.wait_for(done, 120)
+        return count / (time.perf_counter() - start)
+    finally:
+        await broker.stop()
+        await client.xgroup_destroy(STREAM_FASTSTREAM, GROUP)
+        await client.aclose()
+
+
+async def subscribe(url: str, count: int, seen: Any, ready: Any) -> None:
+    """FastStream: call `seen(body)` for each of `count` messages; for the latency of a follower."""
+    client = redis.Redis.from_url(url)
+    await client.delete(STREAM_FASTSTREAM)
+    await client.xgroup_create(STREAM_FASTSTREAM, GROUP, "0", mkstream=True)
+    await client.aclose()
+    broker = RedisBroker(url, logger=None)
+    done = asyncio.get_running_loop().create_future()
+    left = count
+
+    @broker.subscriber(stream=StreamSub(STREAM_FASTSTREAM, group=GROUP, consumer="me", polling_interval=100))
+    async def handle(message: dict[str, Any]) -> None:
+        nonlocal left
+        seen(message)
+        left -= 1
+        if left == 0:
+            done.set_result(None)
+
+    await broker.start()
+    ready()
+    await done
+    await broker.stop()
