@@ -36,8 +36,8 @@ $(STAMP):
 
 install: $(STAMP)  ## make .venv and install what requirements.lock says
 
-demo: $(STAMP)  ## the main job end to end, about 30 s, no server needed
-	@$(VENV)/bin/mist demo $(ARGS)
+demo: $(STAMP)  ## the main job end to end, about 30 s; BROKER=nats or redis starts and kills a real server too
+	@$(VENV)/bin/mist demo $(if $(filter-out log,$(BROKER)),--server $(BROKER)) $(ARGS)
 
 test: $(STAMP)  ## the tests, under 5 minutes
 	@$(PY) -m pytest -q -n $(JOBS) --ignore=tests/campaigns tests $(ARGS)

@@ -1,13 +1,14 @@
 """What the demo does: two stories at the same time, told by real processes, and the judge at the end.
 
 Traces: a producer publishes durably while a worker copies the stream into its store; halfway the worker is killed with
-SIGKILL and started again. Evals: a run is stopped halfway, gone on with, and replayed from its cursor.
+SIGKILL and started again. A server of the demo's own is killed and started again a little earlier. Evals: a run is stopped halfway, gone on with, and replayed from its cursor.
 Nothing here prints; `say` tells what happens.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from mist.broker.again import again
 from mist.broker.base import Broker, Stream
 from mist.broker.registry import connect
 from mist.cli._demo_children import Child, Nursery, nursery, until
 from mist.cli._demo_judge import Verdict, judge
 from mist.cli._demo_producer import Order, Report
 from mist.errors import MistError, TimedOut, Unsupported
+from mist.kit.local import LocalServer
 from mist.tools.matchspec.results import Row, read_run, result_subject, rows
 from mist.tools.matchspec.run import cursor_name
 from mist.tools.tokentrace.publish import BATCH
@@ -40,7 +43,8 @@ Say = Callable[[str], None]
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """`files` is the demo's own directory inside `data_dir`. `right`: passes known by construction, empty for real data."""
+    """`files` is the demo's own directory inside `data_dir`. `right`: passes known by construction, empty for real data.
+    `server`: the server the demo started and may kill, None when the broker is somebody else's or needs none."""
 
     url: str
     data_dir: Path
@@ -53,6 +57,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     suite_file: Path
     right: dict[str, int]
     limit_s: float
+    server: LocalServer | None = None
 
 
 class TraceFacts(Struct, frozen=True, kw_only=True):
@@ -61,6 +66,8 @@ class TraceFacts(Struct, frozen=True, kw_only=True):
     verdict: Verdict
     spans: list[ModelStats]
     worker_kills: int
+    broker_kills: int
+    broker_away_s: float
     killed_at: int
     resumed_after: int
     published_per_s: float
@@ -85,6 +92,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     evals: EvalFacts
     elapsed_s: float
     durability: str
+    with_server: bool
 
     @property
     def ok(self) -> bool:
@@ -93,6 +101,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
         return (
             t.verdict.ok
             and table_whole
+            and (not self.with_server or t.broker_kills > 0)
             and t.worker_kills > 0
             and t.resumed_after == t.killed_at
             and self.evals.complete
@@ -122,7 +131,11 @@ async def run_demo(plan: Plan, say: Say) -> Outcome:
             found = found.exceptions[0]  # type: ignore[assignment]
         raise (found or group) from group
     return Outcome(
-        traces=traces.result(), evals=evals.result(), elapsed_s=time.monotonic() - began, durability=durability
+        traces=traces.result(),
+        evals=evals.result(),
+        elapsed_s=time.monotonic() - began,
+        durability=durability,
+        with_server=plan.server is not None,
     )
 
 
@@ -155,6 +168,12 @@ async def _traces(plan: Plan, stream: Stream, children: Nursery, say: Say) -> Tr
     text = msgspec.json.encode(order).decode()
     producer = await children.start("producer", "-m", "mist.cli._demo_producer", text)
     say(f"publishing {plan.spans:,} spans at {rate:,.0f}/s, a worker ingests them")
+    broker_kills, away_s = 0, 0.0
+    if plan.server is not None:
+        await until(lambda: _applied(plan.store) >= plan.spans // 4 or None, first)
+        away_s = await asyncio.to_thread(_kill_and_restart, plan.server)
+        broker_kills = 1
+        say(f"killed the broker (SIGKILL) and started it again, away for {away_s:.1f} s; everybody else went on")
     await until(lambda: _applied(plan.store) >= plan.spans // 2 or None, first)
     # not always between two transactions: the page that is in work when the kill comes is what it is about
     await asyncio.sleep(random.uniform(0, KILL_JITTER_S))
@@ -178,12 +197,22 @@ async def _traces(plan: Plan, stream: Stream, children: Nursery, say: Say) -> Tr
         verdict=verdict,
         spans=found.spans,
         worker_kills=1,
+        broker_kills=broker_kills,
+        broker_away_s=away_s,
         killed_at=killed_at,
         resumed_after=work["started_after"],
         published_per_s=report.acknowledged / report.elapsed_s,
         appended_per_s=report.acknowledged / max(report.append_s, 1e-9),
         applied_per_s=work["records"] / max(work["busy_s"], 1e-9),
     )
+
+
+def _kill_and_restart(server: LocalServer) -> float:
+    """Seconds from SIGKILL until the server answers again."""
+    began = time.monotonic()
+    server.kill()
+    server.start()
+    return time.monotonic() - began
 
 
 def _applied(path: Path) -> int:
@@ -222,17 +251,17 @@ async def _evals(plan: Plan, broker: Broker, children: Nursery, say: Say) -> Eva
         await _results(stream, run, total // 2, first)
         first.terminate()
         await first.ended(DRAINED, 0)
-        stopped = await read_run(stream, run)
+        stopped = await again(functools.partial(read_run, stream, run))
         if not stopped.info.complete:
             break
-    cursor = await broker.checkpoints.load(EVALS, cursor_name(run))
+    cursor = await again(lambda: broker.checkpoints.load(EVALS, cursor_name(run)))
     at = cursor.sequence if cursor is not None else stopped.info.last
     say(f"stopped the eval run at sequence {at}, {stopped.info.done:,} of {total:,} results")
     second = await mist("eval-2", "run", suite, "--run", run)
     table = msgspec.json.decode(await second.ended(0), type=list[Row])
-    again = await mist("eval-replay", "replay", run, "--from", f"+{at}")
-    replayed: dict[str, Any] = msgspec.json.decode(await again.ended(0))
-    whole = await read_run(stream, run)
+    third = await mist("eval-replay", "replay", run, "--from", f"+{at}")
+    replayed: dict[str, Any] = msgspec.json.decode(await third.ended(0))
+    whole = await again(functools.partial(read_run, stream, run))
     say(f"went on, and replayed {replayed['results']:,} results from sequence {at} to completion")
     before = sum(1 for r in whole.results if r.sequence <= at)
     return EvalFacts(
@@ -262,9 +291,10 @@ def _eval_total(plan: Plan) -> int:
 
 async def _results(stream: Stream, run: str, wanted: int, child: Child) -> None:
     """Wait until the run has this many results in the stream."""
-    found, after = 0, (await stream.info()).first - 1
+    subjects = (result_subject(run),)
+    found, after = 0, (await again(stream.info)).first - 1
     while found < wanted:
-        page = await stream.read(after=after, subjects=(result_subject(run),), limit=1000, wait_s=0.2)
+        page = await again(functools.partial(stream.read, after=after, subjects=subjects, limit=1000, wait_s=0.2))
         found += len(page.records)
         after = page.scanned
         if not page.records and not child.running:

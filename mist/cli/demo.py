@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,11 +13,12 @@ from urllib.parse import quote
 import typer
 
 from mist.cli.session import Session, current
-from mist.errors import Conflict, NotFound, Refused
+from mist.errors import Conflict, InvalidArgument, NotFound, Refused
 from mist.protocol.url import parse_url
 
 if TYPE_CHECKING:
     from mist.cli._demo_run import Outcome, Plan
+    from mist.kit.local import LocalServer
 
 SPANS = 50_000
 SEED = 2023
@@ -34,6 +36,10 @@ async def command(
         int, typer.Option("--spans", min=100, max=5_000_000, metavar="N", help="How many made-up spans.")
     ] = SPANS,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Other traffic, other answers.")] = SEED,
+    server: Annotated[
+        str,
+        typer.Option("--server", metavar="NAME", help="nats or redis: start one for the demo, and kill it on the way."),
+    ] = "",
 ) -> int:
     """Run the main job: durable ingest, a killed worker, an eval that is stopped and replayed.
 
@@ -41,18 +47,31 @@ async def command(
     eval run is stopped halfway, gone on with and replayed from its cursor. Then the judge counts what was lost and what
     was done twice. Exit code 0 only if nothing was and both tables are complete.
 
-    Without -u the broker is the embedded log in a fresh directory, which is left behind for you to look at.
+    Without -u the broker is the embedded log in a fresh directory, which is left behind for you to look at. With --server
+    it is a NATS or Redis server that the demo starts on this machine, kills with SIGKILL while spans are published,
+    starts again, and stops at the end.
 
     Examples:
       mist demo
+      mist demo --server nats
       mist demo --data ../shared/data --format json
       mist demo -u nats://localhost:4222
     """
     from mist.cli._demo_run import run_demo
 
     session = current()
-    plan = make_plan(session, data, dir, spans, seed)
-    outcome = await run_demo(plan, session.out.note)
+    if server not in ("", "nats", "redis"):
+        raise InvalidArgument(f"no server {server!r}", hint="nats or redis")
+    if server and session.origins.get("url", "default") == "flag":
+        raise InvalidArgument("--server starts a broker of its own, --url names one", hint="give one of the two")
+    plan = make_plan(session, data, dir, spans, seed, server)
+    try:
+        if plan.server is not None:
+            await asyncio.to_thread(plan.server.start)
+        outcome = await run_demo(plan, session.out.note)
+    finally:
+        if plan.server is not None:
+            await asyncio.to_thread(plan.server.stop)
     if session.out.json:
         session.out.item(document(plan, outcome))
     else:
@@ -60,13 +79,13 @@ async def command(
     return 0 if outcome.ok else 1
 
 
-def make_plan(session: Session, data: str, dir: str, spans: int, seed: int) -> Plan:
+def make_plan(session: Session, data: str, dir: str, spans: int, seed: int, server: str = "") -> Plan:
     """Choose the directories and files; the first thing written."""
     from mist.cli._demo_run import Plan
     from mist.cli._demo_suite import write_suite
     from mist.cli._tools import store_path
 
-    given = session.origins.get("url", "default") != "default"
+    given = session.origins.get("url", "default") != "default" and not server
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     trace_file, suite_file = _real_files(Path(data), session) if data else (None, None)
     url = session.url
@@ -74,7 +93,8 @@ def make_plan(session: Session, data: str, dir: str, spans: int, seed: int) -> P
         data_dir = Path(url.target or ".").absolute()
     else:
         data_dir = _fresh(dir, stamp)
-    broker = str(url) if given else f"log:{quote(str(data_dir), safe='/')}"
+    started = _server(server, data_dir / server) if server else None
+    broker = started.url if started else str(url) if given else f"log:{quote(str(data_dir), safe='/')}"
     files = _unused(data_dir / f"demo-{stamp}")
     files.mkdir(parents=True)
     store = store_path(parse_url(f"log:{quote(str(data_dir), safe='/')}"), "tokentrace")
@@ -99,7 +119,15 @@ def make_plan(session: Session, data: str, dir: str, spans: int, seed: int) -> P
         suite_file=suite_file,
         right=right,
         limit_s=session.timeout_s or LIMIT_S,
+        server=started,
     )
+
+
+def _server(name: str, directory: Path) -> LocalServer:
+    """A server of the demo's own, not started."""
+    from mist.kit.local import nats_server, redis_server
+
+    return nats_server(directory) if name == "nats" else redis_server(directory)
 
 
 def _real_files(data: Path, session: Session) -> tuple[Path | None, Path | None]:
@@ -151,6 +179,7 @@ def document(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "lost": t.verdict.lost,
         "duplicated": t.verdict.duplicated,
         "worker_kills": t.worker_kills,
+        **({"broker_kills": t.broker_kills} if plan.server is not None else {}),
         "spans": msgspec.to_builtins(t.spans),
         "eval": msgspec.to_builtins(e.rows),
         "replayed_from": seq(e.replayed_from),
@@ -177,6 +206,11 @@ def _print(session: Session, plan: Plan, outcome: Outcome) -> None:
             "lost": d["lost"],
             "duplicated": d["duplicated"],
             "worker": f"killed once (SIGKILL) at sequence {t.killed_at}, went on after {t.resumed_after}",
+            **(
+                {"broker": f"killed once (SIGKILL) while spans were published, away for {t.broker_away_s:.1f} s"}
+                if plan.server is not None
+                else {}
+            ),
             "throughput": (
                 f"published {t.published_per_s:,.0f}/s (paced), durable appends {t.appended_per_s:,.0f}/s, "
                 f"ingest {t.applied_per_s:,.0f}/s"
@@ -198,6 +232,9 @@ def _print(session: Session, plan: Plan, outcome: Outcome) -> None:
 def _more(plan: Plan, run: str) -> Iterator[str]:
     from mist.cli._tools import store_path
     from mist.protocol.url import redact
+
+    if plan.server is not None:
+        yield f"mist dev {plan.server.name.partition('-')[0]} --dir {plan.server.directory} --port {plan.server.port}"
 
     mist = f"mist -u {redact(plan.url)}"
     usual = parse_url(plan.url).scheme == "log" and plan.store == store_path(parse_url(plan.url), "tokentrace")

@@ -54,8 +54,7 @@ async def run(
     session = current()
     out = session.out
     suite = load_suite(Path(file))
-    broker = await session.connect(create=True)
-    opened = await broker.open(stream)
+    broker, opened = await session.reach(stream, create=True)
     if not name:
         name = (not new and await find_unfinished(opened, suite)) or new_run_id(suite.name)
     out.note(f"run {name}: {len(suite.samples)} samples, {len(suite.models)} models, on {broker.url} stream {stream}")

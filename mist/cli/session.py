@@ -24,6 +24,8 @@ from mist.protocol.url import Url, has_scheme, parse_url, redact
 
 _current: ContextVar[Session] = ContextVar("mist_session")
 STREAMLESS = frozenset({"http", "https", "stdio", "chan"})
+REACH_S = 10.0
+"""How long a command that then runs long waits for a server at its start."""
 
 
 class Session:
@@ -91,6 +93,24 @@ class Session:
             self._brokers[key] = broker
             self._stack.push_async_callback(broker.aclose)
         return broker
+
+    async def reach(self, name: str, *, create: bool = False) -> tuple[Broker, Stream]:
+        """The stream of that name on our broker, for a command that then runs long: a server that is just restarting
+        is waited for, `REACH_S` at most."""
+        from mist.broker.again import again
+
+        async def look() -> tuple[Broker, Stream]:
+            broker = await self.connect(create=create)
+            return broker, await broker.open(name, create=create)
+
+        said: set[str] = set()
+
+        def tell(error: MistError) -> None:
+            if error.message not in said:
+                said.add(error.message)
+                self.out.note(f"{error.message}; trying again for up to {REACH_S:g} s")
+
+        return await again(look, away_s_max=REACH_S, on_retry=tell)
 
     async def stream(self, text: str, *, create: bool = False) -> Stream:
         """The stream an argument names: a name on our broker, `URL?stream=NAME`, or `file:PATH`."""

@@ -68,8 +68,7 @@ async def ingest(
     out = session.out
     rows = files.envelopes_of(Path(file), model=model, operation=operation, columns=_columns(column or []))
     path = store_path(session.url, "tokentrace", store) if wait else None
-    broker = await session.connect(create=True)
-    opened = await broker.open(stream)
+    broker, opened = await session.reach(stream, create=True)
     with out.progress("publishing") as bar:
         published = await publish.publish(
             opened, rows, rate=rate, on_acked=lambda _e, sequences: bar.at(sequences[-1] if sequences else 0)
@@ -140,8 +139,7 @@ async def worker(
 
     session = current()
     out = session.out
-    broker = await session.connect(create=not until_end)
-    opened = await broker.open(stream, create=not until_end)
+    broker, opened = await session.reach(stream, create=not until_end)
     info = await opened.info()
     position = parse_position(from_, now_ns=time.time_ns())
     first_after = await after_of(position, opened, broker.checkpoints, info)

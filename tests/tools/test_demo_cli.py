@@ -104,6 +104,15 @@ def test_data_that_are_not_there_are_an_error(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_server_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown name, or a server beside a URL: nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    shell = Shell(monkeypatch, f"log:{tmp_path / 'l'}")
+    assert shell("demo", "--server", "kafka").code == 2
+    assert shell("demo", "--server", "nats", "--url", "log:x").code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_the_table_and_the_exit_code_say_what_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int
@@ -123,6 +132,8 @@ def test_the_table_and_the_exit_code_say_what_was_found(
                 verdict=Verdict(acknowledged=9, stored=9 - lost, lost=lost, duplicated=0, refused=0, unrecorded=0),
                 spans=[ModelStats("gpt", 9 - lost, some, some, some, None)],
                 worker_kills=1,
+                broker_kills=0,
+                broker_away_s=0.0,
                 killed_at=4,
                 resumed_after=4,
                 published_per_s=1.0,
@@ -134,6 +145,7 @@ def test_the_table_and_the_exit_code_say_what_was_found(
             ),
             elapsed_s=1.5,
             durability="power",
+            with_server=False,
         )
 
     monkeypatch.setattr(_demo_run, "run_demo", told)

@@ -213,7 +213,7 @@ def test_publish_repeats_what_is_worth_repeating(monkeypatch: pytest.MonkeyPatch
 
             monkeypatch.setattr(stream, "append", never)
             with pytest.raises(TooLarge):
-                await module.append(stream, [])
+                await publish(stream, [envelope(7)])
 
     run(body())
 

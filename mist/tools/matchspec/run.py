@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 
 from msgspec import Struct
 
+from mist.broker.again import again
 from mist.broker.base import Broker, Checkpoint, Message, Stream
-from mist.errors import Conflict, InvalidArgument, MistError, NotFound
+from mist.errors import Conflict, NotFound
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import EVAL_RESULT, EVAL_RUN
@@ -41,7 +42,6 @@ SOURCE = "matchspec"
 BATCH = 64
 BATCH_BYTES_MAX = 4 * 1024 * 1024
 OUTPUT_CHARS_MAX = 64 * 1024
-TRIES = 5
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -145,17 +145,21 @@ async def run_suite(
         await asyncio.sleep(0)
     stopped = done < suite.total
     return Outcome(
-        run=await read_run(stream, run), ran=ran, kept=len(finished), resumed_after=resumed_after, stopped=stopped
+        run=await again(lambda: read_run(stream, run)),
+        ran=ran,
+        kept=len(finished),
+        resumed_after=resumed_after,
+        stopped=stopped,
     )
 
 
 async def _begin(broker: Broker, stream: Stream, suite: Suite, run: str) -> tuple[Run | None, int | None]:
     """The finished part of a run that exists, and its cursor; or the manifest of a new one."""
     try:
-        found = await read_run(stream, run)
+        found = await again(lambda: read_run(stream, run))
     except NotFound:
-        await _append(stream, [_manifest_message(suite, run)])
-        found = await read_run(stream, run)
+        await _stored(stream, [_manifest_message(suite, run)])
+        found = await again(lambda: read_run(stream, run))
         fresh = True
     else:
         fresh = False
@@ -168,7 +172,7 @@ async def _begin(broker: Broker, stream: Stream, suite: Suite, run: str) -> tupl
         return None, None
     cursor = None
     if broker.capabilities.checkpoints:
-        cursor = await broker.checkpoints.load(stream.name, cursor_name(run))
+        cursor = await again(lambda: broker.checkpoints.load(stream.name, cursor_name(run)))
     # the cursor is saved after the results; where a kill came between, the results are the truth
     return found, cursor.sequence if cursor is not None else found.info.last
 
@@ -222,34 +226,24 @@ async def _publish(stream: Stream, suite: Suite, run: str, work: list[tuple[Samp
         messages.append(message)
         size += len(message.data)
         if size >= BATCH_BYTES_MAX:
-            last = max(await _append(stream, messages))
+            last = max(await _stored(stream, messages))
             messages, size = [], 0
     if messages:
-        last = max(await _append(stream, messages))
+        last = max(await _stored(stream, messages))
     return last
 
 
-async def _append(stream: Stream, messages: list[Message]) -> list[int]:
-    """`stream.append`, repeated with the same ids while the error says that it is worth it."""
-    pause = 0.05
-    for attempt in range(1, TRIES + 1):
-        try:
-            return await stream.append(messages)
-        except MistError as exc:
-            if not exc.retryable or attempt == TRIES:
-                raise
-        await asyncio.sleep(pause)
-        pause *= 2
-    raise InvalidArgument(f"tries={TRIES} cannot be right")
+async def _stored(stream: Stream, messages: list[Message]) -> list[int]:
+    """Their sequences; the ids are made from run, model and sample, so that a repeat stores nothing twice."""
+    return await again(lambda: stream.append(messages))
 
 
 async def _save_cursor(broker: Broker, stream: Stream, run: str, sequence: int) -> None:
     if broker.capabilities.checkpoints:
         name = cursor_name(run)
         # force: a repeated batch may be answered with earlier sequences, and another runner may be ahead
-        await broker.checkpoints.save(
-            Checkpoint(stream=stream.name, name=name, incarnation=stream.incarnation, sequence=sequence), force=True
-        )
+        checkpoint = Checkpoint(stream=stream.name, name=name, incarnation=stream.incarnation, sequence=sequence)
+        await again(lambda: broker.checkpoints.save(checkpoint, force=True))
 
 
 async def _sleep(seconds: float, stop: asyncio.Event | None) -> None:

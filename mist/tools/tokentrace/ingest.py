@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from msgspec import Struct
 
+from mist.broker.again import AWAY_S, again
 from mist.broker.base import Broker, Checkpoint, Page, Stream
 from mist.errors import DataLoss, MistError, SequenceExpired, WrongIncarnation
 from mist.tools.tokentrace.spans import BadSpan, SpanRow, row_of
@@ -30,6 +31,8 @@ WAIT_S = 0.5
 """How long one read waits at the end; also how soon a stop is noticed there."""
 MIRROR_S = 1.0
 RETRY_S_MAX = 5.0
+LAST_MIRROR_S = 5.0
+"""How long a worker that was asked to stop waits for a broker that is away."""
 
 
 class Progress(Struct):
@@ -124,7 +127,7 @@ async def ingest(
             await _mirror(broker, stream, after)
             mirrored, mirrored_at = after, now
     if progress.position != mirrored:
-        await _mirror(broker, stream, progress.position)
+        await _mirror(broker, stream, progress.position, away_s_max=LAST_MIRROR_S)
     return progress
 
 
@@ -182,13 +185,11 @@ def _gap_batch(after: int, resume_after: int, reason: str) -> Batch:
     return Batch(after=after, scanned=resume_after, gaps=[Gap(after + 1, resume_after, reason)])
 
 
-async def _mirror(broker: Broker, stream: Stream, sequence: int) -> None:
+async def _mirror(broker: Broker, stream: Stream, sequence: int, *, away_s_max: float = AWAY_S) -> None:
     if broker.capabilities.checkpoints:
         # force: the store's row decides; after a power cut it may be behind what was mirrored, and is right
-        await broker.checkpoints.save(
-            Checkpoint(stream=stream.name, name=CHECKPOINT, incarnation=stream.incarnation, sequence=sequence),
-            force=True,
-        )
+        checkpoint = Checkpoint(stream=stream.name, name=CHECKPOINT, incarnation=stream.incarnation, sequence=sequence)
+        await again(lambda: broker.checkpoints.save(checkpoint, force=True), away_s_max=away_s_max)
 
 
 async def _pause(seconds: float, stop: asyncio.Event | None) -> None:

@@ -1,7 +1,7 @@
 """Envelopes to the trace stream, durably, in batches, at a steady pace where one is asked for.
 
 A batch is acknowledged when its append returns. Transient failures are repeated with the same ids (the broker stores a
-known id once within its window), `TRIES` times with growing pauses, then raised.
+known id once within its window) until the broker has been away for a minute, then raised.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from msgspec import Struct
 
+from mist.broker.again import again
 from mist.broker.base import Message, Stream
-from mist.errors import InvalidArgument, MistError
+from mist.errors import InvalidArgument
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.subject import subject_for
 from mist.tools.tokentrace.files import BadRow
 
 BATCH = 500
-TRIES = 5
 BATCH_BYTES_MAX = 4 * 1024 * 1024
 
 
@@ -69,7 +69,7 @@ async def publish(
             if early > 0:
                 await asyncio.sleep(early)
         at = time.perf_counter()
-        sequences = await append(stream, messages)
+        sequences = await again(lambda: stream.append(messages))
         out.append_s += time.perf_counter() - at
         out.acknowledged += len(sequences)
         out.last = max(out.last, *sequences)
@@ -101,17 +101,3 @@ def _subject(env: Envelope) -> str:
         return subject_for(env.type, env.source)
     except InvalidArgument:
         return subject_for(env.type)
-
-
-async def append(stream: Stream, messages: Sequence[Message]) -> list[int]:
-    """`stream.append`, repeated while the error says that it is worth it."""
-    pause = 0.05
-    for attempt in range(1, TRIES + 1):
-        try:
-            return await stream.append(messages)
-        except MistError as exc:
-            if not exc.retryable or attempt == TRIES:
-                raise
-        await asyncio.sleep(pause)
-        pause *= 2
-    raise AssertionError("unreachable")  # pragma: no cover
