@@ -1,6 +1,7 @@
 """Run the benchmarks: `python -m bench [--only NAME,…] [--rounds N] [--scale F] [--dir DIR] [--format json]`.
 
-Parts: append, replay, follow, consume, start (the embedded log), nats, redis, latency, memory, copy (the servers).
+Parts: append, replay, follow, consume, start (the embedded log), nats, redis, latency, memory, copy (the servers). Not by default: scale (minutes,
+and gigabytes on the disk).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bench import appending, consuming, following, replaying, servers, starting
+from bench import appending, consuming, following, replaying, scaling, servers, starting
 from bench.common import Board
 
 PARTS = ("append", "replay", "follow", "consume", "start", "nats", "redis", "latency", "memory", "copy")
+EXTRA = ("scale",)
 
 
 def main() -> None:
@@ -30,8 +32,8 @@ def main() -> None:
     base = Path(tempfile.mkdtemp(prefix="mist-bench-", dir=args.dir))
     board = Board(args.format == "json")
     parts = args.only.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if unknown := set(parts) - set(PARTS + EXTRA):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS + EXTRA)}")
     if args.dir is not None:
         tempfile.tempdir = str(args.dir)  # the servers' directories too
     try:
@@ -45,6 +47,8 @@ def main() -> None:
             consuming.run(board, base, args.rounds, args.scale)
         if "start" in parts:
             starting.run(board, args.rounds)
+        if "scale" in parts:
+            scaling.run(board, base, args.scale)
         servers.run(board, parts, args.rounds, args.scale, args.loop)
         board.finish()
     finally:

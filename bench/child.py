@@ -184,6 +184,37 @@ async def memory(url: str, count: int) -> None:
     say(json.dumps(found))
 
 
+async def fill_one(url: str, name: str, count: int) -> None:
+    """Fill a stream of its own when told to go, and say how long that took."""
+    items = messages(min(count, 50_000))
+    async with mist.connect(url) as broker:
+        stream = await ours.remade(broker, name)
+        say("ready")
+        sys.stdin.readline()
+        start = time.perf_counter()
+        for done in range(0, count, len(items)):
+            some = items[: min(len(items), count - done)]
+            await ours.append(stream, [Message(m.subject, m.data, f"{done + i:032x}") for i, m in enumerate(some)])
+        say(start, time.perf_counter())
+
+
+async def drain_one(url: str, name: str, count: int) -> None:
+    """Consume and acknowledge a stream of its own when told to go."""
+    async with mist.connect(url) as broker:
+        stream = await broker.open(name, create=False)
+        consumer = await stream.consumer("scale", mist.ConsumerConfig(ack_wait_s=60, pending_max=100_000))
+        say("ready")
+        sys.stdin.readline()
+        start = time.perf_counter()
+        n = 0
+        while n < count:
+            got = await consumer.fetch(limit=1000, wait_s=10)
+            for d in got:
+                codec.decode(d.record.data)
+            n += await consumer.ack(got)
+        say(start, time.perf_counter())
+
+
 def resident_mb() -> float:
     """The most this process ever held (VmHWM: ru_maxrss would start from the parent's)."""
     status = Path("/proc/self/status").read_text().splitlines()
@@ -255,6 +286,10 @@ def main() -> None:
         asyncio.run(latency_faststream(role.rpartition("-")[2], path, int(rest[0])))
     elif role.startswith("paced-faststream-"):
         asyncio.run(paced_faststream(role.rpartition("-")[2], path, int(rest[0])))
+    elif role == "fill":
+        asyncio.run(fill_one(path, rest[0], int(rest[1])))
+    elif role == "drain":
+        asyncio.run(drain_one(path, rest[0], int(rest[1])))
     elif role == "memory":
         asyncio.run(memory(path, int(rest[0])))
     elif role in ("follow-bare", "follow-unsynced"):
