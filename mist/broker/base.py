@@ -255,6 +255,15 @@ class Pending(Struct, frozen=True):
     due_s: float
 
 
+class Fact(Struct, frozen=True):
+    """One thing an operator should know about a backend: `what` it is, how it `is`, and, where that is less than it
+    should be, a `warning` with the next step."""
+
+    what: str
+    value: str
+    warning: str = ""
+
+
 class Checkpoint(Struct, frozen=True, kw_only=True):
     """A durable position under a name: everything up to `sequence` is done. `time_ns` is when it was saved."""
 
@@ -319,6 +328,11 @@ class Broker(ABC):
     @abstractmethod
     async def ping(self) -> float:
         """Round trip in seconds. Raises Unavailable or TimedOut."""
+
+    async def describe(self) -> list[Fact]:
+        """What is in force behind this connection (server version, how it syncs, replicas…), for `mist doctor`. Asks the
+        server; changes nothing. Nothing to tell is fine."""
+        return []
 
     @property
     @abstractmethod

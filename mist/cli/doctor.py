@@ -72,6 +72,11 @@ async def _broker(session: Session, url: Url, say: Any) -> bool:
     except MistError as exc:
         say("round trip", "fail", str(exc))
         return False
+    try:
+        for fact in await broker.describe():
+            say(fact.what, "warn" if fact.warning else "ok", fact.value + (f": {fact.warning}" if fact.warning else ""))
+    except MistError as exc:
+        say("server", "fail", str(exc))
     await _streams(broker, say)
     return True
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.conftest import ROOT, Cli, envelope, fill
+from mist.broker.base import Fact
 from mist.cli.completion import candidates
 from mist.cli.validate import document_end, documents
 from mist.config import Layer, MistConfig, env_layers, merge, unknown_variables
@@ -185,6 +186,22 @@ def test_doctor(cli: Cli, url: str, home: Path, monkeypatch: pytest.MonkeyPatch)
     (home / "file").write_text("")
     monkeypatch.setenv("MIST_TYPO", "1")
     assert "MIST_TYPO" in cli("-u", url, "doctor").out
+
+
+def test_doctor_prints_what_the_broker_says_of_its_backend(cli: Cli, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each fact; one with a warning says it, and is no failure."""
+    from mist.broker.memory import MemoryBroker
+    from mist.log.broker import LogBroker
+
+    async def describe(self: object) -> list[Fact]:
+        return [Fact("server", "test 1.0"), Fact("sync", "every 2 minutes", "set sync_interval: always")]
+
+    for broker in (MemoryBroker, LogBroker):
+        monkeypatch.setattr(broker, "describe", describe)
+    cli.ok("-u", url, "stream", "create", "s")
+    rows = {r["check"]: r for r in cli.ok("-u", url, "doctor", "-j").json}
+    assert (rows["server"]["state"], rows["server"]["detail"]) == ("ok", "test 1.0")
+    assert (rows["sync"]["state"], rows["sync"]["detail"]) == ("warn", "every 2 minutes: set sync_interval: always")
 
 
 def test_doctor_finds_a_held_lock(cli: Cli, log: str) -> None:

@@ -188,7 +188,6 @@ def test_all_real_calls_are_ingested_once_however_often(tmp_path: Path) -> None:
 def test_publish_repeats_what_is_worth_repeating(monkeypatch: pytest.MonkeyPatch) -> None:
     """A transient failure is repeated with the same ids and stored once; a lasting one is raised."""
     from mist.errors import Ambiguous, TooLarge
-    from mist.tools.tokentrace import publish as module
 
     async def body() -> None:
         async with mist.connect("memory:") as broker:
