@@ -19,7 +19,7 @@ TEXTS    := $(wildcard mist brokers tests bench scripts docs README.md CHANGELOG
 ADAPTERS := $(notdir $(patsubst %/__init__.py,%,$(wildcard brokers/*/__init__.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check conform campaign-ci campaign bench docs fmt lock clean
+.PHONY: help install demo test check conform campaign-ci campaign power-cut bench docs fmt lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' Makefile | awk -F'\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -58,6 +58,9 @@ campaign-ci: $(STAMP)  ## the fault campaigns in their small sizes
 
 campaign: $(STAMP)  ## the fault campaigns for MINUTES=60, resumable, prints what it reached
 	@$(PY) -m tests.campaigns.run --minutes $(MINUTES) $(ARGS)
+
+power-cut: $(STAMP)  ## what a power cut takes from every backend (root, loop devices)
+	@$(PY) -m tests.campaigns.power $(ARGS)
 
 bench: $(STAMP)  ## speed, interleaved with the peers in the same run
 	@$(PY) -m bench $(ARGS)

@@ -44,7 +44,7 @@ def die_with_parent() -> None:
 
 
 async def opened(stack: AsyncExitStack, args: Args) -> tuple[Broker, Stream]:
-    """The campaign's log and stream, as the arguments say."""
+    """The campaign's broker (`url`, or the log in `dir`) and stream, as the arguments say."""
     options: Args = {}
     if args.get("failpoint"):
         options["files"] = FailingFiles(msgspec.convert(args["failpoint"], Failpoint))
@@ -52,10 +52,10 @@ async def opened(stack: AsyncExitStack, args: Args) -> tuple[Broker, Stream]:
         options["boot"] = bytes.fromhex(args["boot"])
     if "lock_wait_s" in args:
         options["lock_wait_s"] = args["lock_wait_s"]
-    broker = await stack.enter_async_context(connect(f"log:{args['dir']}", **options))
+    broker = await stack.enter_async_context(connect(args.get("url") or f"log:{args['dir']}", **options))
+    config = msgspec.convert(args["config"], StreamConfig) if args.get("config") else None
     while True:
         try:
-            config = msgspec.convert(args.get("config", {}), StreamConfig)
             return broker, await broker.open(args.get("stream", "s"), config=config)
         except MistError as exc:
             if not exc.retryable or stopping().is_set():
