@@ -256,11 +256,18 @@ class _Call:
 
 class Checker:
     """Add the events of every process, then `check` once. `dense`: sequences have no gaps (log, memory). `retention`: the
-    stream may let records go by itself."""
+    stream may let records go by itself. `remote`: there is a network between, so a call may time out, and a checkpoint
+    whose save failed that way may be stored. `forgets`: the server was killed and may have lost its last acks and
+    attempts, so a record may be delivered again after its ack; everything else still counts."""
 
-    def __init__(self, *, dense: bool = True, retention: bool = False) -> None:
+    def __init__(
+        self, *, dense: bool = True, retention: bool = False, remote: bool = False, forgets: bool = False
+    ) -> None:
         self._dense = dense
         self._retention = retention
+        self._forgets = forgets
+        self._unsure = ("unavailable", "timeout") if remote else ()
+        self._away = ("unavailable", "closed", *self._unsure)
         self._problems: list[Problem] = []
         self._totals: Counter[str] = Counter()
         self._events = 0
@@ -440,7 +447,7 @@ class Checker:
             for s in page.bad:
                 self._broken("phantom", f"{page.reader}: record {s} is not what was appended")
             if page.error:
-                if page.error not in ("sequence_expired", "unavailable", "closed"):
+                if page.error != "sequence_expired" and page.error not in self._away:
                     self._broken("page", f"{page.reader}: read after {page.after}: {page.error}")
                 continue
             previous = page.after
@@ -480,8 +487,12 @@ class Checker:
         stored = _Highest([(c.end_ns, c.asked.sequence) for c in saves if isinstance(c.asked, Save) and c.error == ""])
         loads = sorted(loads, key=lambda e: e.start_ns)
         seen = _Highest([(e.end_ns, e.sequence) for e in loads if not e.error])
-        asked = {c.asked.sequence for c in saves if isinstance(c.asked, Save) and c.perhaps}
+        asked = {
+            c.asked.sequence for c in saves if isinstance(c.asked, Save) and (c.perhaps or c.error in self._unsure)
+        }
         for e in loads:
+            if e.error in self._unsure:
+                continue
             if e.error:
                 self._broken("checkpoint", f"{name} cannot be read: {e.error}")
             elif e.sequence >= 0 and e.sequence not in asked:
@@ -502,7 +513,7 @@ class Checker:
         )
         handed: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for f in self._fetches[name]:
-            if f.error and f.error not in ("closed", "locked", "unavailable", "storage_full"):
+            if f.error and f.error not in (*self._away, "locked", "storage_full"):
                 self._broken("missed", f"{name}: fetch: {f.error}")
             for first, count, attempt in f.deliveries:
                 for s in range(first, first + count):
@@ -547,7 +558,7 @@ class Checker:
                 continue
             if config.attempts_max and b.attempts < config.attempts_max:
                 self._broken("buried", f"{name}: {b.sequence} is a dead letter after {b.attempts} attempts")
-            if b.sequence in done:
+            if b.sequence in done and not self._forgets:
                 self._broken("buried", f"{name}: {b.sequence} was acked and is a dead letter")
         for s in termed - buried:
             if s in done:
@@ -565,11 +576,11 @@ class Checker:
                 self._broken("phantom", f"{name}: {s} was delivered and is not in the stream")
             settled = done.get(s)
             for start, _, attempt in times:
-                if settled is not None and start > settled:
+                if settled is not None and start > settled and not self._forgets:
                     self._broken("final", f"{name}: {s} was delivered after its ack")
                 if attempt < 1 or (config.attempts_max and attempt > config.attempts_max):
                     self._broken("attempt", f"{name}: {s} was delivered with attempt {attempt}")
-            for (start, _, before), (_, end, attempt) in pairwise(times):
+            for (start, _, before), (_, end, attempt) in pairwise(times) if not self._forgets else ():
                 if before == attempt:
                     self._broken("attempt", f"{name}: {s} was delivered twice with attempt {attempt}")
                 elif end < start:

@@ -24,9 +24,14 @@ class Run(Protocol):
     ) -> dict[str, Any]: ...
 
 
+def named(id: str, backend: str) -> str:
+    """The id of a campaign on a backend: the embedded log's carries none, C12n is C12 on NATS, C12r on Redis."""
+    return id + {"log": "", "nats": "n", "redis": "r"}[backend]
+
+
 class Campaign(NamedTuple):
     """`ci` and `nightly` are sizes in `unit`; 0 = everything there is, in one run. `longest`: what counts is the longest
-    run, not the sum of all."""
+    run, not the sum of all. `needs`: the backends without which it cannot run (sites.py)."""
 
     id: str
     what: str
@@ -35,6 +40,7 @@ class Campaign(NamedTuple):
     nightly: int
     run: Run
     longest: bool = False
+    needs: tuple[str, ...] = ()
 
 
 class Trial:

@@ -49,7 +49,7 @@ def _names(i: int) -> list[str]:
 def _kill_savers(trial: Trial, nursery: Nursery, folder: Path, rng: random.Random, cycles: int) -> None:
     def start(i: int) -> Child:
         return nursery.start("saver", {
-            "dir": str(folder / "log"), "label": f"s{i}", "history": str(folder / f"s{i}.jsonl"), "names": _names(i),
+            "url": f"log:{folder / 'log'}", "label": f"s{i}", "history": str(folder / f"s{i}.jsonl"), "names": _names(i),
             "seed": rng.random(),
         })  # fmt: skip
 

@@ -8,6 +8,7 @@ import asyncio
 import ctypes
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -32,6 +33,9 @@ from . import recording as rec
 from .failpoints import FailingFiles, Failpoint
 
 Args = dict[str, Any]
+T = TypeVar("T")
+AGAIN = frozenset({"locked", "unavailable", "storage_full", "timeout", "ambiguous"})
+"""What a role tries again after a moment. Of an append `ambiguous` is repeated by its lane, with the same ids."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,7 +48,7 @@ def die_with_parent() -> None:
 
 
 async def opened(stack: AsyncExitStack, args: Args) -> tuple[Broker, Stream]:
-    """The campaign's broker (`url`, or the log in `dir`) and stream, as the arguments say."""
+    """The campaign's broker (`url`) and stream, as the arguments say. Tries again for as long as the server is away."""
     options: Args = {}
     if args.get("failpoint"):
         options["files"] = FailingFiles(msgspec.convert(args["failpoint"], Failpoint))
@@ -52,15 +56,25 @@ async def opened(stack: AsyncExitStack, args: Args) -> tuple[Broker, Stream]:
         options["boot"] = bytes.fromhex(args["boot"])
     if "lock_wait_s" in args:
         options["lock_wait_s"] = args["lock_wait_s"]
-    broker = await stack.enter_async_context(connect(args.get("url") or f"log:{args['dir']}", **options))
+    for place, value in args.get("tuning", {}).items():
+        module, _, name = place.partition(":")
+        assert hasattr(importlib.import_module(module), name), f"no {name} in {module}"
+        setattr(importlib.import_module(module), name, value)
     config = msgspec.convert(args["config"], StreamConfig) if args.get("config") else None
+    broker = await stack.enter_async_context(await patiently(lambda: connect(args["url"], **options)))
+    stream = await patiently(lambda: broker.open(args.get("stream", "s"), config=config))
+    return broker, stream
+
+
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """The answer, however often it is Locked (its recovery waits for a stopped process) or away."""
     while True:
         try:
-            return broker, await broker.open(args.get("stream", "s"), config=config)
+            return await call()
         except MistError as exc:
             if not exc.retryable or stopping().is_set():
                 raise
-            await asyncio.sleep(0.01)  # Locked: its recovery waits for a stopped process
+            await asyncio.sleep(0.01)
 
 
 _stopping: asyncio.Event | None = None
@@ -103,7 +117,7 @@ async def writer(args: Args) -> None:
             most = args.get("messages", 0)
             while (not stop.is_set() or (caller.open and args.get("settle"))) and not (most and caller.acked >= most):
                 error = await caller.append(rng.randint(1, args["batch"]))
-                if error in ("storage_full", "locked", "unavailable"):
+                if error in AGAIN:
                     await pause(0.02)
                 elif args.get("pause_ms"):
                     await pause(rng.random() * args["pause_ms"] / 1000)
@@ -124,10 +138,13 @@ async def reader(args: Args) -> None:
         after = 0
         while not stop.is_set():
             again = rng.random() < 0.002
+            asked = 0 if again else after
+            start = rec.now()
             after = await rec.read(
-                recorder, stream, args["label"], after=0 if again else after, limit=rng.choice((1, 7, 100, 1000)),
-                wait_s=0.05,
-            )  # fmt: skip
+                recorder, stream, args["label"], after=asked, limit=rng.choice((1, 7, 100, 1000)), wait_s=0.05
+            )
+            if after == asked and rec.now() - start < 20_000_000:
+                await pause(0.02)  # refused at once: a server that is away is not asked ten thousand times a second
 
 
 async def trimmer(args: Args) -> None:
@@ -179,7 +196,8 @@ async def worker(args: Args) -> None:
     async with AsyncExitStack() as stack:
         stack.callback(recorder.close)
         _, stream = await opened(stack, args)
-        consumer = await stream.consumer(args["consumer"], msgspec.convert(args["consumer_config"], ConsumerConfig))
+        config = msgspec.convert(args["consumer_config"], ConsumerConfig)
+        consumer = await patiently(lambda: stream.consumer(args["consumer"], config))
         work = rec.Work(recorder, consumer)
         sink = stack.enter_context(closing(open_sink(args["sink"]))) if "sink" in args else None
         while not stop.is_set():
@@ -199,17 +217,26 @@ async def worker(args: Args) -> None:
             for d in bad:
                 await _poisoned(work, d)
             if rng.random() < args.get("look", 0.02):
-                await work.look()
-        await work.look()
+                await looked(work)
+        await looked(work)
 
 
 async def settled(work: rec.Work, how: str, deliveries: list[Delivery], **options: Any) -> None:
     """Settle, again while somebody stopped holds the lock; a stale delivery is no error."""
     while deliveries:
         _, error = await work.settle(how, deliveries, **options)
-        if error not in ("locked", "unavailable", "storage_full"):
+        if error not in AGAIN:
             break
         await asyncio.sleep(0.02)
+
+
+async def looked(work: rec.Work) -> None:
+    """Look, if anybody answers."""
+    try:
+        await work.look()
+    except MistError as exc:
+        if exc.code not in AGAIN:
+            raise
 
 
 def _parted(deliveries: list[Delivery], poison: int) -> tuple[list[Delivery], list[Delivery]]:
@@ -259,7 +286,13 @@ async def ingester(args: Args) -> None:
         while not stop.is_set():
             row = sink.execute("select sequence from position").fetchone()
             after = row[0] if row else 0
-            page = await stream.read(after=after, limit=200, wait_s=0.05)
+            try:
+                page = await stream.read(after=after, limit=200, wait_s=0.05)
+            except MistError as exc:
+                if exc.code not in AGAIN:
+                    raise
+                await pause(0.02)
+                continue
             if page.scanned == after:
                 continue
             sink.execute("begin immediate")

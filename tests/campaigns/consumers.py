@@ -2,138 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import signal
-import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from mist.broker.base import ConsumerConfig
 
-from mist.broker.base import ConsumerConfig, StreamConfig, header
-from mist.broker.deadletter import REASON, SEQUENCE
-from mist.broker.registry import connect
-from mist.errors import NotFound
-from mist.testing.history import Checker, Recorder
-
-from . import recording as rec
-from .campaign import Report, Trial
+from .campaign import Report, Trial, named
 from .child import open_sink
-from .processes import Child, ChildFailed, Nursery
-from .writers import SMALL
+from .processes import ChildFailed, Nursery
+from .scene import Scene
+from .sites import Site, site
 
 _CYCLES = 20
 
 
-class _Round:
-    """One log with a stream `s` and a consumer `c`, its workers and sinks."""
-
-    def __init__(
-        self, nursery: Nursery, folder: Path, config: ConsumerConfig, rng: random.Random, **worker: Any
-    ) -> None:
-        self.nursery = nursery
-        self.folder = folder
-        self.config = config
-        self.rng = rng
-        self.sink = folder / "sink.db"
-        open_sink(str(self.sink)).close()  # SQLite cannot be turned to WAL by several at once
-        self.common = {"dir": str(folder / "log"), "config": SMALL, "lock_wait_s": 0.3}
-        self._worker = worker
-
-    def start(self, role: str, label: str, **args: Any) -> Child:
-        return self.nursery.start(role, {
-            **self.common, "label": label, "history": str(self.folder / f"{label}.jsonl"), "seed": self.rng.random(),
-            **args,
-        })  # fmt: skip
-
-    def worker(self, number: int) -> Child:
-        return self.start(
-            "worker", f"w{number}", consumer="c", consumer_config=msgspec.to_builtins(self.config),
-            sink=str(self.sink), fetch=64, **self._worker,
-        )  # fmt: skip
-
-    def fill(self, count: int) -> None:
-        """Append that many messages from here, recorded."""
-
-        async def append() -> None:
-            recorder = Recorder(self.folder / "fill.jsonl")
-            try:
-                async with connect(f"log:{self.common['dir']}") as broker:
-                    stream = await broker.open("s", config=msgspec.convert(SMALL, StreamConfig))
-                    lane = rec.Lane(recorder, stream, "fill", size=200)
-                    while lane.acked < count:
-                        await lane.append(min(500, count - lane.acked))
-            finally:
-                recorder.close()
-
-        asyncio.run(append())
-
-    def drain(self, timeout_s: float = 90) -> None:
-        """Wait until nothing is left to do. Raises ChildFailed when it stays."""
-
-        async def wait() -> str:
-            async with connect(f"log:{self.common['dir']}") as broker:
-                consumer = await (await broker.open("s")).consumer("c", self.config)
-                until = time.monotonic() + timeout_s
-                while (info := await consumer.info()).lag:
-                    if time.monotonic() > until:
-                        return f"{info}; {(await consumer.pending())[:5]}"
-                    await asyncio.sleep(0.02)
-            return ""
-
-        left = asyncio.run(wait())
-        if left:
-            raise ChildFailed(f"work is left after {timeout_s:g} s: {left}")
-
-    def end(self, trial: Trial) -> tuple[int, list[tuple[int, str]]]:
-        """Read everything, look at the consumer, check the histories. Returns the records and the dead letters."""
-
-        async def look() -> tuple[int, list[tuple[int, str]]]:
-            recorder = Recorder(self.folder / "end.jsonl")
-            try:
-                async with asyncio.timeout(300), connect(f"log:{self.common['dir']}") as broker:
-                    stream = await broker.open("s", create=False)
-                    await rec.read_all(recorder, stream, "end")
-                    work = rec.Work(recorder, await stream.consumer("c", self.config))
-                    await work.look(final=True)
-                    try:
-                        dead = await rec.record_dead(recorder, await broker.open("s--dead", create=False))
-                    except NotFound:
-                        dead = []
-                    letters = [(int(header(r.headers, SEQUENCE)), header(r.headers, REASON)) for r in dead]
-                    return (await stream.info()).records, letters
-            finally:
-                recorder.close()
-
-        records, letters = asyncio.run(look())
-        checker = Checker()
-        checker.add_files(sorted(self.folder.glob("*.jsonl")))
-        trial.judge(checker)
-        return records, letters
-
-    def effects(self, sink: Path) -> list[int]:
-        """The sequences in a sink."""
-        with closing(sqlite3.connect(sink)) as db:
-            return [row[0] for row in db.execute("select sequence from effect order by 1")]
-
-
-def c12(budget_s: float, seed: int, report: Report, *, units: int | None = None) -> dict[str, Any]:
+def c12(
+    budget_s: float, seed: int, report: Report, *, units: int | None = None, backend: str = "log"
+) -> dict[str, Any]:
     """8 workers of one consumer while the stream grows: one after the other is killed, or stopped for longer than the ack
     wait and then goes on with what is no longer its own. Beside them one ingester that keeps its position in its sink.
 
     Every record is delivered at least once, none after its ack, none twice within the ack wait; the workers' sink and the
     ingester's both hold exactly the stream's records.
     """
-    trial = Trial("C12", budget_s, seed, report, units)
+    trial = Trial(named("C12", backend), budget_s, seed, report, units)
     rng = random.Random(seed)
     with Nursery(trial.folder) as nursery:
         while trial.more():
             folder = trial.round()
             try:
-                _disturb_workers(trial, nursery, folder, rng, min(_CYCLES, trial.left))
+                with site(backend, folder) as where:
+                    _disturb_workers(trial, nursery, folder, where, rng, min(_CYCLES, trial.left))
             except ChildFailed as exc:
                 trial.fail(str(exc))
     return trial.result()
@@ -142,9 +44,11 @@ def c12(budget_s: float, seed: int, report: Report, *, units: int | None = None)
 _WORKERS = 8
 
 
-def _disturb_workers(trial: Trial, nursery: Nursery, folder: Path, rng: random.Random, cycles: int) -> None:
+def _disturb_workers(
+    trial: Trial, nursery: Nursery, folder: Path, where: Site, rng: random.Random, cycles: int
+) -> None:
     config = ConsumerConfig(ack_wait_s=0.4, attempts_max=0, pending_max=rng.choice((300, 65_536)))
-    r = _Round(nursery, folder, config, rng, slow_ms=20)
+    r = Scene(nursery, folder, where, config, rng, slow_ms=20)
     r.fill(1000)
     source = r.start("writer", "source", lanes=2, size=(40, 300), batch=20, pause_ms=25)
     ingest = {"sink": str(folder / "ingest.db")}
@@ -198,19 +102,22 @@ def _disturb_workers(trial: Trial, nursery: Nursery, folder: Path, rng: random.R
     trial.say(f"{trial.reached} kills, {records} records, both sinks hold each of them once")
 
 
-def c13(budget_s: float, seed: int, report: Report, *, units: int | None = None) -> dict[str, Any]:
+def c13(
+    budget_s: float, seed: int, report: Report, *, units: int | None = None, backend: str = "log"
+) -> dict[str, Any]:
     """1 % poison, served by 4 workers: a third is given back each time, a third refused for ever, a third never answered.
 
     All of it becomes dead letters, once, with the reason; the rest is served.
     """
-    trial = Trial("C13", budget_s, seed, report, units)
+    trial = Trial(named("C13", backend), budget_s, seed, report, units)
     rng = random.Random(seed)
     with Nursery(trial.folder) as nursery:
         while trial.more():
             folder = trial.round()
             count = min(10_000, trial.left)
             try:
-                _poison(trial, nursery, folder, rng, count)
+                with site(backend, folder) as where:
+                    _poison(trial, nursery, folder, where, rng, count)
             except ChildFailed as exc:
                 trial.fail(str(exc))
                 break
@@ -219,8 +126,8 @@ def c13(budget_s: float, seed: int, report: Report, *, units: int | None = None)
     return trial.result()
 
 
-def _poison(trial: Trial, nursery: Nursery, folder: Path, rng: random.Random, count: int) -> None:
-    r = _Round(nursery, folder, ConsumerConfig(ack_wait_s=0.5, attempts_max=3), rng, poison=100)
+def _poison(trial: Trial, nursery: Nursery, folder: Path, where: Site, rng: random.Random, count: int) -> None:
+    r = Scene(nursery, folder, where, ConsumerConfig(ack_wait_s=0.5, attempts_max=3), rng, poison=100)
     r.fill(count)
     workers = [r.worker(i) for i in range(4)]
     r.drain()
@@ -247,8 +154,10 @@ def soak(budget_s: float, seed: int, report: Report, *, units: int | None = None
         while trial.more():
             folder = trial.round()
             # generous, because a record delivered twice is a failure here and the machine may be busy
-            r = _Round(nursery, folder, ConsumerConfig(ack_wait_s=60), rng, look=0.1)
             try:
+                r = Scene(
+                    nursery, folder, Site("log", f"log:{folder / 'log'}"), ConsumerConfig(ack_wait_s=60), rng, look=0.1
+                )
                 sources = [
                     r.start("writer", f"source{i}", lanes=2, size=(40, 300), batch=50, pause_ms=10) for i in range(2)
                 ]

@@ -10,29 +10,35 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mist.broker.base import Consumer, ConsumerConfig, StreamConfig
 from mist.broker.registry import connect
 from mist.testing.history import Checker, Recorder
 
 from . import recording as rec
-from .campaign import Report, Trial
+from .campaign import Report, Trial, named
 from .processes import ChildFailed, Nursery
+from .sites import site
 
 GROWTH_BYTES_MAX = 50 * 1024 * 1024
+_CONFIG = {"segment_bytes": 4 << 20, "dedupe_ids_max": 20_000}
 _RECORDED_S = 20
 _RATE = 2000
 _FAST = 10
 _SLOWER = 100
 
 
-def c14(budget_s: float, seed: int, report: Report, *, units: int | None = None) -> dict[str, Any]:
+def c14(
+    budget_s: float, seed: int, report: Report, *, units: int | None = None, backend: str = "log"
+) -> dict[str, Any]:
     """2,000 messages a second, ten consumers that keep up, one that is a hundred times slower, one follower that sleeps."""
-    trial = Trial("C14", budget_s, seed, report, units)
+    trial = Trial(named("C14", backend), budget_s, seed, report, units)
     seconds = max(5, units if units is not None else int(budget_s))
     folder = trial.round()
-    with Nursery(trial.folder) as nursery:
+    with Nursery(trial.folder) as nursery, site(backend, folder, quick=False) as where:
         child = nursery.start("slow", {
-            "folder": str(folder), "seconds": seconds, "seed": seed, "result": str(folder / "result.json"),
+            "url": where.url, "config": _CONFIG if backend == "log" else {}, "seconds": seconds, "seed": seed, "result": str(folder / "result.json"),
             "history": str(folder / "slow.jsonl") if seconds <= _RECORDED_S else "",
         })  # fmt: skip
         try:
@@ -49,7 +55,7 @@ def c14(budget_s: float, seed: int, report: Report, *, units: int | None = None)
     if not 0 < result["slow"] < result["appended"] / 10:
         trial.fail(f"the slow consumer handled {result['slow']} of {result['appended']}: this was no test")
     if seconds <= _RECORDED_S:
-        checker = Checker()
+        checker = Checker(dense=backend != "nats", remote=backend != "log")
         checker.add_files([folder / "slow.jsonl"])
         trial.judge(checker)
     else:
@@ -76,8 +82,10 @@ async def slow(args: dict[str, Any]) -> None:
     recorder = Recorder(args["history"] or "/dev/null")
     async with AsyncExitStack() as stack:
         stack.callback(recorder.close)
-        broker = await stack.enter_async_context(connect(f"log:{Path(args['folder']) / 'log'}"))
-        stream = await broker.open("s", config=StreamConfig(segment_bytes=4 << 20, dedupe_ids_max=20_000))
+        broker = await stack.enter_async_context(connect(args["url"]))
+        stream = await broker.open(
+            "s", config=msgspec.convert(args["config"], StreamConfig) if args["config"] else None
+        )
         consumers = [await stream.consumer(f"fast{i}", ConsumerConfig(ack_wait_s=600)) for i in range(_FAST)]
         sleeper = await stream.consumer("slow", ConsumerConfig(ack_wait_s=600))
         lane = rec.Lane(recorder, stream, "lane", size=400)

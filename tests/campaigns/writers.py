@@ -19,8 +19,8 @@ from . import recording as rec
 from .campaign import Report, Trial
 from .failpoints import random_failpoint
 from .processes import Child, ChildFailed, Nursery
+from .sites import SMALL
 
-SMALL = {"segment_bytes": 256 * 1024, "dedupe_ids_max": 1_000_000, "dedupe_window_s": 3600.0}
 _CYCLES = 20
 _PRODUCERS = 4
 
@@ -126,7 +126,7 @@ class _Victims:
 
 def _kill_writers(trial: Trial, nursery: Nursery, folder: Path, rng: random.Random, cycles: int) -> None:
     durability = "power" if rng.random() < 0.7 else "process"
-    common = {"dir": str(folder / "log"), "config": {**SMALL, "durability": durability}}
+    common = {"url": f"log:{folder / 'log'}", "config": {**SMALL, "durability": durability}}
     beside = ["reader", "trimmer"] if rng.random() < 0.4 else ["reader"]
     others = [
         nursery.start(role, {**common, "label": role, "history": str(folder / f"{role}.jsonl"), "seed": rng.random()})
@@ -190,7 +190,7 @@ def _until(what: str, condition: Any, timeout_s: float = 30.0) -> None:
 
 def _stop_one(trial: Trial, nursery: Nursery, folder: Path, rng: random.Random) -> None:
     common = {
-        "dir": str(folder / "log"),
+        "url": f"log:{folder / 'log'}",
         "config": SMALL,
         "lock_wait_s": 0.3,
         "lanes": 1,

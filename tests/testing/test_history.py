@@ -262,6 +262,36 @@ def test_a_broken_promise_to_consumers_is_found(case: str) -> None:
     assert promise in broken(verdict([CONSUMING], TWO, events)), case
 
 
+def judged(events: list[AnyEvent], **options: bool) -> set[str]:
+    checker = h.Checker(**options)
+    checker.add([CONSUMING, *TWO, *events])
+    return broken(checker.check())
+
+
+def test_across_a_network_calls_may_time_out() -> None:
+    """Reads, fetches, loads and saves; what timed out may be stored. An append that timed out is still `ambiguous` only."""
+    events: list[AnyEvent] = [
+        h.Read(start_ns=1, end_ns=2, reader="r", after=0, error="timeout"),
+        h.Fetched(start_ns=1, end_ns=2, consumer="c", error="timeout"),
+        h.Save(start_ns=3, name="c", sequence=5),
+        h.Saved(start_ns=3, end_ns=4, name="c", sequence=5, error="timeout"),
+        h.Loaded(start_ns=5, end_ns=6, name="c", error="unavailable"),
+        h.Loaded(start_ns=7, end_ns=8, name="c", sequence=5),
+    ]
+    assert judged(events, remote=True) == set()
+    assert judged(events) == {"page", "missed", "checkpoint"}
+    stored = [*appended("b", 1, [], 30, error="timeout"), final([(1, "a", 1, 2), (3, "b", 1, 1)], last=3, at=20_000)]
+    assert "phantom" in judged(stored, remote=True)
+
+
+def test_a_server_that_forgets_may_deliver_again_and_nothing_else() -> None:
+    """Acks and attempts of its last moments; a record that was never delivered is still missed."""
+    again = [fetched(100, (1, 2, 1)), *settled(120, "ack", 1, 2), fetched(150, (1, 1, 1))]
+    assert judged(again, forgets=True) == set()
+    assert judged(again) == {"final", "attempt"}
+    assert judged([looked(200, 2, final=True)], forgets=True) == {"floor", "missed"}
+
+
 def test_a_torn_last_line_is_left_out_and_cut_when_recording_goes_on(tmp_path: Path) -> None:
     """A process killed inside its own record loses that line only, and its next life goes on behind the last whole one."""
     path = tmp_path / "p.jsonl"
