@@ -35,9 +35,13 @@ def store_path(url: Url, tool: str, given: str = "") -> Path:
         return Path(url.target or ".") / "tools" / f"{tool}.db"
     if url.scheme == "memory":
         raise InvalidArgument("memory: is gone when this command ends", hint="use log:DIR, a server, or name a --store")
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     server = redact(url.without_query())
-    return Path(base) / "mist" / hashlib.sha256(server.encode()).hexdigest()[:16] / f"{tool}.db"
+    return state_home() / hashlib.sha256(server.encode()).hexdigest()[:16] / f"{tool}.db"
+
+
+def state_home() -> Path:
+    """Where this user's programs keep what is to survive them: XDG_STATE_HOME/mist."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mist"
 
 
 def time_option(text: str) -> int | None:

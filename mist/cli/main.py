@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "completion": ("mist.cli.completion:command", "Print the completion script of a shell"),
     "doctor": ("mist.cli.doctor:command", "Check reachability, round trip, durability in force, disk and locks"),
     "demo": ("mist.cli.demo:command", "Run the guided main job: ingest, kill, resume, eval, replay"),
+    "up": ("mist.cli.up:command", "Run the platform in one process: tools, HTTP door, health"),
+    "dev": ("mist.cli.dev:app", "Local NATS and Redis servers: nats, redis, ls, stop"),
     "context": ("mist.cli.context:app", "Named broker URLs: ls, save, select, show, rm"),
     "config": ("mist.cli.config:app", "Settings and where each came from: show, validate, init"),
     "stream": ("mist.cli.stream:app", "Streams: ls, info, create, rm, purge, subjects, gaps, verify, compact"),

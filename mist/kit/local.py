@@ -31,6 +31,8 @@ PAYLOAD_BYTES_MAX = 12 * 1024 * 1024
 """What our NATS servers take: a record of 11 MiB and its headers."""
 
 _running: set[LocalServer] = set()
+_left: list[subprocess.Popen[bytes]] = []
+"""What `leave` left: a Popen nobody holds would complain that its process still runs."""
 
 
 def free_port() -> int:
@@ -39,6 +41,17 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
         return port
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this port of 127.0.0.1 now."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a closed connection's rest is no owner
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _in_wheel(package: str, *parts: str) -> str:
@@ -102,6 +115,8 @@ class LocalServer:
         self.port = port
         self.directory = directory
         self.log = directory / "server.log"
+        self.inherited: tuple[int, ...] = ()
+        """Descriptors the process keeps open as long as it lives: the lock of its directory."""
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -127,8 +142,9 @@ class LocalServer:
         with self.log.open("ab") as log:
             # a session of its own: Ctrl-C at the terminal stops us first, and we stop it
             self._process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory, start_new_session=True
-            )
+                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory,
+                start_new_session=True, pass_fds=self.inherited,
+            )  # fmt: skip
         _running.add(self)
 
     def await_answer(self) -> None:
@@ -170,6 +186,21 @@ class LocalServer:
                     process.kill()
                     process.wait()
             self._process = None
+        _running.discard(self)
+
+    def wait(self) -> int:
+        """Block until it ends, by itself or by `stop` from another thread; its exit code. Raises Unavailable when it
+        does not run."""
+        process = self._process
+        if process is None:
+            raise Unavailable(f"{self.name} on port {self.port} is not running", hint=f"its log: {self.log}")
+        return process.wait()
+
+    def leave(self) -> None:
+        """Let it run on when this process ends. It is no longer ours to stop."""
+        if self._process is not None:
+            _left.append(self._process)
+        self._process = None
         _running.discard(self)
 
     def pause(self) -> None:

@@ -341,24 +341,13 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 
-class HttpServer:
-    """`ingest` on uvicorn, in the running event loop. Port 0 takes a free one; `url` says which."""
+class AppServer:
+    """An ASGI app on uvicorn, in the running event loop. Port 0 takes a free one; `url`, which ends with `path`, says
+    which."""
 
-    def __init__(
-        self,
-        sink: Stream | Sink,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        path: str = "/mist",
-        limits: Limits | None = None,
-        size_bytes_max: int = 0,
-    ) -> None:
-        limits = limits or Limits()
-        if size_bytes_max:
-            limits = msgspec.structs.replace(limits, size_bytes_max=size_bytes_max)
+    def __init__(self, app: App, *, host: str = "127.0.0.1", port: int = 0, path: str = "") -> None:
         self.url = ""
-        self._app = ingest(sink, path=path, limits=limits)
+        self._app = app
         self._host = host
         self._port = port
         self._path = path
@@ -418,6 +407,25 @@ class HttpServer:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class HttpServer(AppServer):
+    """`ingest` on uvicorn; `url` is where envelopes are posted."""
+
+    def __init__(
+        self,
+        sink: Stream | Sink,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        path: str = "/mist",
+        limits: Limits | None = None,
+        size_bytes_max: int = 0,
+    ) -> None:
+        limits = limits or Limits()
+        if size_bytes_max:
+            limits = msgspec.structs.replace(limits, size_bytes_max=size_bytes_max)
+        super().__init__(ingest(sink, path=path, limits=limits), host=host, port=port, path=path)
 
 
 def serve(

@@ -1,0 +1,97 @@
+"""`mist up`: the platform in one process, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mist.cli._tools import StoreOption, drained, store_path
+from mist.cli.session import current
+from mist.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from mist.cli._up_platform import Health, Tool
+
+TOOLS: dict[str, tuple[str, str]] = {
+    "door": ("mist.cli._up_tools:door", "POST /mist: envelopes into the stream, answered when they are stored"),
+    "tokentrace": ("mist.cli._up_tools:tokentrace", "spans of the stream into the store of `mist trace`"),
+}
+"""name -> (a function that takes `store()`, which gives the path of a store of that name, and returns a Tool; what it
+does). The tools of later issues are lines here."""
+
+LISTEN = "127.0.0.1:8080"
+
+
+async def command(
+    tools: Annotated[
+        str, typer.Option("--tools", metavar="A,B", help=f"Which, with commas: {', '.join(TOOLS)}. Default: all.")
+    ] = "",
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
+    ] = LISTEN,
+    stream: Annotated[str, typer.Option("--stream", metavar="STREAM", help="The stream they work on.")] = "trace",
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait", min=0.0, metavar="S", help="How long to wait for the broker at the start; 0 = for ever."
+        ),
+    ] = 30.0,
+    store: StoreOption = "",
+) -> None:
+    """Run the platform in one process: the tools, the HTTP door, health. It runs until SIGINT or SIGTERM.
+
+    When all is ready the addresses are printed: envelopes are posted to /mist, /healthz says that the process lives,
+    /readyz that the broker answers and every tool works (200, else 503 with the reason). There is no authentication:
+    listen on an address that only friends reach.
+
+    The first signal drains: no new request is taken, those under way are answered, the worker finishes its page and
+    stores its position; then the exit code is 143 or 130. A second signal does not wait.
+
+    Examples:
+      mist up
+      mist up -u log:./data --listen 127.0.0.1:9000
+      mist up -u nats://localhost:4222 --tools tokentrace
+    """
+    from mist.cli import _up_platform
+    from mist.transport.server import parse_address
+
+    session = current()
+    out = session.out
+    chosen = _chosen(tools)
+    host, port = parse_address(listen)
+    made: dict[str, Tool] = {
+        name: _load(TOOLS[name][0])(lambda name=name: store_path(session.url, name, store)) for name in chosen
+    }
+
+    def on_ready(url: str, health: Health) -> None:
+        addresses: dict[str, Any] = {"broker": session.url.redacted(), "stream": stream, "tools": chosen}
+        for tool in health.tools.values():
+            addresses |= {path.strip("/"): url + path for path in tool.doors}
+        out.item({**addresses, "healthz": f"{url}/healthz", "readyz": f"{url}/readyz"})
+        out.flush()
+
+    async def work(stop: asyncio.Event) -> None:
+        facts = await _up_platform.run(
+            lambda: session.connect(create=True), made, stream=stream, host=host, port=port, wait_s=wait, stop=stop,
+            say=out.warn, on_ready=on_ready,
+        )  # fmt: skip
+        for name, values in facts.items():
+            out.note(f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+
+    await drained(work)
+
+
+def _chosen(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()] or list(TOOLS)
+    for name in names:
+        if name not in TOOLS:
+            raise InvalidArgument(f"no tool {name!r}", hint=f"known: {', '.join(TOOLS)}")
+    return list(dict.fromkeys(names))
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,352 @@
+"""`mist up`: real processes, real signals; and the way down, tool by tool, over the memory broker."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from conftest import run
+
+import mist
+from cli.conftest import Cli, envelope, records
+from mist.broker.base import Broker
+from mist.cli import _up_platform
+from mist.cli._up_platform import Health, Platform
+from mist.cli.run import AGAIN_S
+from mist.errors import Conflict, Internal, TimedOut, Unavailable
+from mist.protocol.codec import encode
+from mist.protocol.payloads import TraceSpan
+from mist.tools.tokentrace.store import Store
+
+Spawn = Callable[..., "subprocess.Popen[bytes]"]
+
+
+def body(*numbers: int) -> bytes:
+    """Spans as lines."""
+    return b"".join(encode(envelope(n, payload=span(n))) + b"\n" for n in numbers)
+
+
+def span(n: int) -> TraceSpan:
+    return TraceSpan(
+        trace_id=f"{n:032x}", span_id=f"{n:016x}", operation="chat", start_ns=n, end_ns=n + 1, status="ok",
+        attrs={"model": "m"},
+    )  # fmt: skip
+
+
+def started(spawn: Spawn, url: str, *args: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+    """`mist up` on a free port, when it is ready, and what it printed."""
+    process = spawn("up", "-u", url, "--listen", "127.0.0.1:0", "-o", "jsonl", *args)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.stderr and process.stderr.read()
+    return process, msgspec.json.decode(line)
+
+
+def post(url: str, *numbers: int) -> httpx.Response:
+    return httpx.post(url, content=body(*numbers), headers={"content-type": "application/x-ndjson"}, trust_env=False)
+
+
+def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: Path) -> None:
+    """What was answered with 202 is in the stream, and soon in the store; SIGTERM ends with 143 and says how far."""
+    process, found = started(spawn, log)
+    assert found["tools"] == ["door", "tokentrace"]
+    assert httpx.get(found["healthz"], trust_env=False).json() == {"status": "ok"}
+    answer = post(found["mist"], 1, 2, 3)
+    assert (answer.status_code, answer.json()) == (202, {"accepted": 3, "first": 1, "last": 3})
+    assert [r.id for r in records(log, "trace")] == ["id-1", "id-2", "id-3"]
+    while (report := httpx.get(found["readyz"], trust_env=False).json())["tools"]["tokentrace"]["spans"] < 3:
+        time.sleep(0.02)
+    assert report["ready"] is True
+    assert report["tools"]["door"]["accepted"] == 3
+    process.terminate()
+    assert process.wait(30) == 143
+    assert process.stderr is not None
+    assert "spans 3" in process.stderr.read().decode()
+    assert cli.ok("-u", log, "trace", "stats", "-j").json["total"] == 3
+
+
+def test_killed_and_started_again_nothing_is_lost(spawn: Spawn, log: str, tmp_path: Path) -> None:
+    """SIGKILL right after a 202: the next one stores what this one did not, once."""
+    process, found = started(spawn, log)
+    for n in range(0, 500, 50):
+        assert post(found["mist"], *range(n, n + 50)).status_code == 202
+    process.kill()
+    process.wait()
+    process, found = started(spawn, log)
+    while httpx.get(found["readyz"], trust_env=False).json()["tools"]["tokentrace"]["position"] < 500:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    with Store.read(tmp_path / "data/tools/tokentrace.db") as store:
+        assert store.count() == 500
+
+
+def half_a_request(url: str) -> socket.socket:
+    """A POST whose last byte is still missing."""
+    parts = httpx.URL(url)
+    data = body(7)
+    s = socket.create_connection((parts.host, parts.port or 0), timeout=20)
+    s.sendall(
+        b"POST /mist HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\ncontent-length: %d\r\n\r\n"
+        % len(data) + data[:-1]
+    )  # fmt: skip
+    return s
+
+
+def refuses(url: str) -> bool:
+    parts = httpx.URL(url)
+    try:
+        socket.create_connection((parts.host, parts.port or 0), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_a_request_under_way_is_answered_before_the_end(spawn: Spawn, log: str) -> None:
+    """SIGTERM in the middle of a body: nobody new comes in, this one gets its 202, and the record is there."""
+    process, found = started(spawn, log)
+    with half_a_request(found["mist"]) as s:
+        time.sleep(0.2)  # its head has arrived
+        process.terminate()
+        while not refuses(found["mist"]):
+            time.sleep(0.02)
+        assert process.poll() is None
+        s.sendall(b"\n")
+        assert s.recv(4096).startswith(b"HTTP/1.1 202")
+    assert process.wait(30) == 143
+    assert [r.id for r in records(log, "trace")] == ["id-7"]
+
+
+def test_a_second_signal_does_not_wait(spawn: Spawn, log: str) -> None:
+    """With the exit code of the first one."""
+    process, found = started(spawn, log)
+    with half_a_request(found["mist"]):
+        time.sleep(0.2)
+        process.terminate()
+        while not refuses(found["mist"]):
+            time.sleep(0.02)
+        time.sleep(AGAIN_S)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 143
+
+
+def test_one_tool_alone(spawn: Spawn, cli: Cli, log: str) -> None:
+    """Without the door there is health and nothing else; the worker alone is told nothing by HTTP."""
+    process, found = started(spawn, log, "--tools", "tokentrace")
+    assert "mist" not in found
+    url = found["healthz"].removesuffix("/healthz")
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        assert client.post("/mist", content=body(1)).json()["code"] == "not_found"
+        assert client.head("/readyz").status_code == 200
+        refused = client.post("/readyz")
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+    process.terminate()
+    assert process.wait(30) == 143
+
+
+def test_what_cannot_run_is_refused(cli: Cli, log: str, spawn: Spawn) -> None:
+    """An unknown tool, no address, an address that is taken, a store in memory, a stream of before."""
+    assert cli("up", "--tools", "door,magic").code == 2
+    assert cli("up", "--listen", "nowhere").code == 2
+    assert cli("up", "-u", "memory:").code == 2
+    process, found = started(spawn, log)
+    port = httpx.URL(found["healthz"]).port
+    assert cli("up", "-u", log, "--listen", f"127.0.0.1:{port}").code == 7
+    assert post(found["mist"], 1).status_code == 202
+    while httpx.get(found["readyz"], trust_env=False).json()["tools"]["tokentrace"]["position"] < 1:
+        time.sleep(0.02)
+    process.terminate()
+    process.wait()
+    cli.ok("-u", log, "stream", "rm", "trace", "-y")
+    again = cli("up", "-u", log, "--listen", "127.0.0.1:0")
+    assert again.code == 5
+    assert "deleted and made again" in again.err
+    assert cli("up", "-u", log, "--listen", "127.0.0.1:0", "--timeout", "0.5", "--tools", "door").code == 6
+
+
+# the platform itself
+
+Act = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+async def platform(
+    tools: dict[str, Any], act: Act, *, connect: Any = None, wait_s: float = 5.0
+) -> tuple[Exception | None, list[str]]:
+    """Run tools over memory: while `act` does its part; then stop. Gives the error and what was said."""
+    said: list[str] = []
+    stop = asyncio.Event()
+    ready = asyncio.Event()
+    seen: dict[str, Any] = {"stop": stop, "ready": ready, "said": said}
+    broker = mist.connect("memory:")
+
+    async def connected() -> Broker:
+        return await broker
+
+    def on_ready(url: str, health: Health) -> None:
+        seen.update(url=url, health=health)
+        ready.set()
+
+    running = asyncio.create_task(
+        _up_platform.run(
+            connect or connected, tools, stream="s", host="127.0.0.1", port=0, wait_s=wait_s, stop=stop,
+            say=said.append, on_ready=on_ready,
+        )
+    )  # fmt: skip
+    acting = asyncio.create_task(act(seen))
+    error: Exception | None = None
+    try:
+        await running
+    except Exception as exc:
+        error = exc
+    acting.cancel()
+    await asyncio.wait({acting})
+    if not acting.cancelled():
+        acting.result()
+    return error, said
+
+
+async def patient(here: Platform) -> None:
+    here.ready.set()
+    await here.stop.wait()
+
+
+async def stop_when_ready(seen: dict[str, Any]) -> None:
+    await seen["ready"].wait()
+    seen["stop"].set()
+
+
+def test_a_tool_is_started_again_after_an_error_worth_it() -> None:
+    """While it is down /readyz says so and why; the others go on."""
+    runs: list[int] = []
+    reports: list[dict[str, Any]] = []
+
+    async def shaky(here: Platform) -> None:
+        runs.append(len(runs))
+        if len(runs) < 3:
+            raise Unavailable("the sky is cloudy")
+        here.ready.set()
+        await here.stop.wait()
+
+    async def act(seen: dict[str, Any]) -> None:
+        await seen["ready"].wait()
+        seen["health"].tools["shaky"].ready.clear()
+        reports.append(await seen["health"].report())
+        seen["stop"].set()
+
+    error, said = run(platform({"shaky": shaky, "patient": patient}, act))
+    assert error is None
+    assert len(runs) == 3
+    assert said[0].startswith("shaky: the sky is cloudy; starting it again in")
+    assert reports[0]["ready"] is False
+    assert reports[0]["reason"] == "not ready: shaky"
+    assert reports[0]["tools"]["patient"]["ready"] is True
+
+
+def test_a_tool_that_cannot_go_on_takes_all_down_in_order() -> None:
+    """Its error is the platform's; the others are told to stop, not cancelled."""
+    ended: list[str] = []
+
+    async def failing(here: Platform) -> None:
+        here.ready.set()
+        await asyncio.sleep(0.05)
+        raise Conflict("no way")
+
+    async def orderly(here: Platform) -> None:
+        await patient(here)
+        await asyncio.sleep(0.05)
+        ended.append("in order")
+
+    async def nothing(seen: dict[str, Any]) -> None:
+        await asyncio.sleep(60)
+
+    error, _ = run(platform({"failing": failing, "orderly": orderly}, nothing))
+    assert isinstance(error, Conflict)
+    assert ended == ["in order"]
+
+
+def test_a_bug_in_a_tool_is_not_swallowed() -> None:
+    """Whatever it raises comes out."""
+
+    async def wrong(here: Platform) -> None:
+        raise ZeroDivisionError
+
+    error, _ = run(platform({"wrong": wrong}, stop_when_ready))
+    assert isinstance(error, ZeroDivisionError)
+
+
+def test_a_tool_that_does_not_end_is_cancelled_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After DRAIN_S."""
+    monkeypatch.setattr(_up_platform, "DRAIN_S", 0.05)
+
+    async def stubborn(here: Platform) -> None:
+        here.ready.set()
+        await asyncio.Event().wait()
+
+    error, _ = run(platform({"stubborn": stubborn, "patient": patient}, stop_when_ready))
+    assert isinstance(error, TimedOut)
+    assert "stubborn did not end" in str(error)
+
+
+def test_the_broker_is_waited_for() -> None:
+    """Unready with the reason meanwhile; given up after the wait; and a stop is heard in between."""
+    tries: list[int] = []
+
+    async def late() -> Broker:
+        tries.append(1)
+        if len(tries) < 3:
+            raise Unavailable("nobody there")
+        return await mist.connect("memory:")
+
+    error, said = run(platform({"patient": patient}, stop_when_ready, connect=late))
+    assert error is None
+    assert len(said) == 2
+    assert "nobody there; trying again in" in said[0]
+
+    async def never() -> Broker:
+        raise Unavailable("nobody there")
+
+    async def nothing(seen: dict[str, Any]) -> None:
+        await asyncio.sleep(60)
+
+    error, _ = run(platform({"patient": patient}, nothing, connect=never, wait_s=0.05))
+    assert isinstance(error, Unavailable)
+
+    async def hangs() -> Broker:
+        await asyncio.Event().wait()
+        raise Internal("not reached")
+
+    async def stop_soon(seen: dict[str, Any]) -> None:
+        await asyncio.sleep(0.05)
+        seen["stop"].set()
+
+    error, _ = run(platform({"patient": patient}, stop_soon, connect=hangs, wait_s=0))
+    assert error is None
+
+
+def test_health_without_a_broker_and_while_draining() -> None:
+    """Both are 503 with a reason; a websocket is not served."""
+
+    async def body_of() -> None:
+        health = Health()
+        assert (await health.report())["reason"] == "the broker is not connected yet"
+        health.broker = await mist.connect("memory:")
+        assert (await health.report())["ready"] is True
+        health.draining = True
+        assert (await health.report())["reason"] == "draining"
+        await health.broker.aclose()
+        health.draining = False
+        assert "closed" in (await health.report())["reason"]
+        with pytest.raises(Internal):
+            await health({"type": "websocket"}, None, None)  # type: ignore[arg-type]
+
+    run(body_of())
