@@ -13,11 +13,12 @@ from mist.cli.session import current
 from mist.cli.transfer import (
     Transfer,
     open_sink,
+    open_source,
     refuse_itself,
     report,
     resume_after,
     source_url,
-    strict,
+    span_of,
     transfer_key,
 )
 
@@ -42,7 +43,8 @@ async def command(
 
     Ids, subjects, headers and bytes stay; sequence and time are the destination's. The same command goes on where it
     was stopped, and a second run copies what is new. At the end what was stored is read back and the digests are
-    compared (exit 8 if they differ). Damaged ranges are passed over with a warning (exit 9).
+    compared (exit 8 if they differ). Damaged ranges, and records that the destination does not take (too large, no such
+    subject there), are passed over with a warning (exit 9). A broker that goes away is waited for, --timeout bounds it.
 
     Examples:
       mist copy trace log:./backup
@@ -52,8 +54,7 @@ async def command(
     """
     session = current()
     filters, bounds = filter_of(wanted), Bounds(span)
-    broker, source = await session.locate(src)
-    source = strict(session, source)
+    broker, source = await open_source(session, src)
     info = await source.info()
     checkpoints = broker.checkpoints if broker is not None else None
     to = await bounds.to(source, checkpoints, info)
@@ -61,9 +62,9 @@ async def command(
     async with AsyncExitStack() as stack:
         if dry_run:
             after = await bounds.after(source, checkpoints, info)
-            end = info.last if to is None else min(to, info.last)
-            session.out.outcome(f"copy up to {max(0, end - after):,} records of {source.name} to {dst}", dry_run=True)
-            if end > after:
+            count = span_of(info, after, to)
+            session.out.outcome(f"copy up to {count:,} records of {source.name} to {dst}", dry_run=True)
+            if count:
                 session.fail_with(DIFFERENT)
             return
         sink = await open_sink(session, dst, source.name if broker is not None else "", stack)
@@ -73,7 +74,7 @@ async def command(
         scan = Scan(session, source, filters, after=after, to=to, from_start=position is None and bounds.start is None)
         transfer = Transfer(scan, sink, key=key, incarnation=source.incarnation, rate=rate)
         session.resume = "the same command goes on where this one stopped"
-        with session.out.progress("copying", (info.last if to is None else to) - after) as progress:
+        with session.out.progress("copying", span_of(info, after, to)) as progress:
             await transfer.run(progress)
         session.resume = ""
         digest = await sink.check()

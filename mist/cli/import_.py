@@ -15,7 +15,7 @@ from mist.cli.manifest import Manifest, digest_of, load, manifest_path
 from mist.cli.options import DryRun, Rate
 from mist.cli.scan import Scan
 from mist.cli.session import Session, current
-from mist.cli.transfer import Mismatch, Transfer, open_sink, report, resume_after, source_url, transfer_key
+from mist.cli.transfer import Mismatch, Transfer, open_sink, report, resume_after, source_url, span_of, transfer_key
 from mist.errors import InvalidArgument
 from mist.protocol.url import Url, has_scheme, parse_url
 
@@ -76,7 +76,7 @@ async def _import(
         scan = Scan(session, source, compile_filter(), after=min(position or 0, info.last))
         transfer = Transfer(scan, sink, key=key, incarnation=source.incarnation, rate=rate)
         session.resume = "the same command goes on where this one stopped"
-        with session.out.progress("importing", info.last - scan.position) as progress:
+        with session.out.progress("importing", span_of(info, scan.position, None)) as progress:
             await transfer.run(progress)
         session.resume = ""
         digest = await sink.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import AsyncExitStack
 from typing import Annotated
 
@@ -18,16 +19,19 @@ from mist.cli.session import Session, current
 from mist.cli.transfer import (
     Sink,
     Transfer,
+    complain,
     open_sink,
+    open_source,
     refuse_itself,
     resume_after,
     source_url,
-    strict,
+    span_of,
     transfer_key,
 )
 from mist.errors import InvalidArgument
 
 EVERY_S = 5.0
+LAST_REPORT_S = 2.0
 
 
 async def command(
@@ -43,7 +47,8 @@ async def command(
 ) -> None:
     """Copy a stream continuously: first what is there, then what comes, with a stored place and its lag.
 
-    Stop it and start it again at any time: it goes on where it stopped, and stores nothing twice. With --format jsonl a
+    Stop it and start it again at any time: it goes on where it stopped, and stores nothing twice. A broker that goes away is
+    waited for. With --format jsonl a
     lag report is one object: {"source","destination","position","last","lag","lag_s","stored","repeated"}.
 
     Examples:
@@ -54,8 +59,7 @@ async def command(
     if session.out.format == "json" and not until_idle:
         raise InvalidArgument("a mirror has no end, so no JSON document", hint="use --format jsonl")
     filters = filter_of(wanted)
-    broker, source = await session.locate(src)
-    source = strict(session, source)
+    broker, source = await open_source(session, src)
     info = await source.info()
     key = transfer_key("mirror", source_url(session, src), repr(wanted) if wanted != type(wanted)() else "")
     async with AsyncExitStack() as stack:
@@ -67,29 +71,32 @@ async def command(
             session, source, filters, after=after, follow=not until_idle, from_start=position is None,
         )  # fmt: skip
         transfer = Transfer(scan, sink, key=key, incarnation=source.incarnation, rate=rate, follow=True)
-        reporter = _Reporter(session, source, sink, scan, transfer, src, every)
+        reporter = _Reporter(session, source, sink, transfer, src, every)
         session.resume = "the same command goes on where this one stopped"
         watching = asyncio.create_task(reporter.run())
         try:
             with session.out.progress("mirroring") as progress:
                 await transfer.run(progress)
+            await sink.check()
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-            await reporter.now()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_REPORT_S):  # a source that is away must not hold us
+                    await reporter.now()
         session.resume = ""
+        complain(session, sink)
 
 
 class _Reporter:
     """Lag in records and seconds: on stderr for people, as values with a machine format."""
 
     def __init__(
-        self, session: Session, source: Stream, sink: Sink, scan: Scan, transfer: Transfer, name: str, every: float
+        self, session: Session, source: Stream, sink: Sink, transfer: Transfer, name: str, every: float
     ) -> None:
         self._session = session
         self._source = source
         self._sink = sink
-        self._scan = scan
         self._transfer = transfer
         self._name = name
         self._every = every
@@ -100,8 +107,9 @@ class _Reporter:
             await self.now()
 
     async def now(self) -> None:
-        last = (await self._source.info()).last
-        lag = max(0, last - self._scan.position)
+        info = await self._source.info()
+        last = info.last
+        lag = span_of(info, self._transfer.position, None)
         age = (
             max(0.0, (SYSTEM.time_ns() - self._transfer.last_time_ns) / 1e9)
             if lag and self._transfer.last_time_ns
@@ -109,11 +117,11 @@ class _Reporter:
         )
         out = self._session.out
         if out.format == "table":
-            out.note(f"{self._name} to {self._sink.name}: at {self._scan.position}, {lag:,} behind ({age:.1f} s)")
+            out.note(f"{self._name} to {self._sink.name}: at {self._transfer.position}, {lag:,} behind ({age:.1f} s)")
             return
         out.item(
             {
-                "source": self._name, "destination": self._sink.name, "position": seq(self._scan.position),
+                "source": self._name, "destination": self._sink.name, "position": seq(self._transfer.position),
                 "last": seq(last), "lag": lag, "lag_s": round(age, 3), "stored": self._sink.stored,
                 "repeated": self._sink.repeated,
             }

@@ -150,6 +150,9 @@ async def last_matching(session: Session, stream: Stream, wanted: Filter, count:
     dense = info.records == info.last - info.first + 1
     found: list[View] = []
     step = count if dense and wanted.everything else max(count * 2, 256)
+    # sequences may be sparse (a foreign stream of Redis numbers by the millisecond): step over records, not over numbers
+    spread = max(1, (info.last - info.first + 1) // max(1, info.records))
+    step, most = step * spread, 1_000_000 * spread
     high = to
     while high >= info.first and len(found) < count:
         low = max(info.first - 1, high - step)
@@ -157,7 +160,7 @@ async def last_matching(session: Session, stream: Stream, wanted: Filter, count:
         part = [view async for page in scan.pages() for view in page]
         found = part + found
         high = low
-        step = min(step * 2, 1_000_000)
+        step = min(step * 2, most)
     return found[-count:]
 
 

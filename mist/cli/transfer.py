@@ -1,44 +1,57 @@
 """Moving records from a stream to a stream or a file: resumable, counted, digested. Shared by copy, mirror and import.
 
 Data, not configuration: subject, id, headers and bytes of a record go over, its sequence and time are the destination's.
-Where a transfer stands is kept at the destination: for a stream two checkpoints (the source's sequence, and the
+Where a transfer stands is kept at the destination: for a stream one checkpoint (the source's sequence, and the
 destination's last one at that moment), for a file `FILE.mist-copy`. A crash between storing and saving leaves a tail that
-the next run reads back, so that nothing is stored twice, whatever the ids' window. Records with an id the destination
-has seen within its window are counted as repeated.
+the next run reads back, so that nothing is stored twice, whatever the ids' window and also without ids (mist.broker.feed).
+Records with an id the destination has seen within its window are counted as repeated; what it will never take is told,
+passed over and counted as refused.
 
-The digest is SHA-256 over what was stored, computed from the source's records and again from what the destination
-gives back.
+While one page is stored the next is read, and the one before is read back from the destination: the digest is SHA-256 over
+what was stored, computed from the source's records and again from what the destination gives.
+
+A broker that goes away is waited for, with a line on stderr, for as long as --timeout lets it; one that is away at the
+start is waited for only with --timeout.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from mist.broker.base import Broker, Checkpoint, Headers, Message, Record, Stream
+from mist.broker.base import Broker, Headers, Message, Record, Stream
+from mist.broker.feed import REFUSED, Feed, Place, Places
+from mist.broker.patience import Patience, Steady
 from mist.cli.filestream import FileStream
 from mist.cli.records import View
 from mist.cli.render import Progress, seq
 from mist.cli.scan import PAGE, PARTIAL, Scan
 from mist.cli.session import Session
-from mist.errors import InvalidArgument, Malformed, MistError, WrongIncarnation
+from mist.errors import Conflict, InvalidArgument, Malformed, MistError, SequenceExpired, WrongIncarnation
 from mist.protocol.envelope import Envelope
-from mist.protocol.url import Url, parse_url
+from mist.protocol.url import Url, parse_url, redact
 
 if TYPE_CHECKING:
     from mist.transport import Transport
 
+T = TypeVar("T")
 SAVE_EVERY_S = 0.5
-DAMAGED = 8
+
+
+TOLD_MAX = 10
+LAST_SAVE_S = 2.0
+BEHIND_MAX = 8
+"""Batches that are stored and not yet read back."""
 
 
 class Mismatch(MistError):
@@ -47,32 +60,42 @@ class Mismatch(MistError):
     code = "data_loss"
 
 
-class Place(Struct, frozen=True):
-    """Where a transfer stands: the source's incarnation and its last sequence that is stored at the destination."""
-
-    incarnation: str
-    sequence: int
-
-
 def fingerprint(subject: str, id: str, headers: Headers, data: bytes) -> bytes:
     """A record as bytes that differ whenever the record does."""
     return msgspec.msgpack.encode((subject, id, headers, data))
 
 
-def same(record: Record) -> str:
-    """What two copies of one record have in common: the id, or the content where there is none."""
-    if record.id:
-        return f"id:{record.id}"
-    return "sha:" + hashlib.sha256(fingerprint(record.subject, "", record.headers, record.data)).hexdigest()
+def fingerprints(records: Sequence[Record]) -> memoryview:
+    """The fingerprints of all of these, one behind the other."""
+    packed = msgspec.msgpack.encode([(r.subject, r.id, r.headers, r.data) for r in records])
+    # what stands before the first one says how many there are: it must not depend on how they were paged
+    head = 1 if len(records) < 16 else 3 if len(records) < 1 << 16 else 5
+    return memoryview(packed)[head:]
+
+
+class Refusals:
+    """What a destination will never take: counted, the first ones told on stderr."""
+
+    def __init__(self, session: Session, name: str) -> None:
+        self._session = session
+        self._name = name
+        self.count = 0
+
+    def __call__(self, sequence: int, error: MistError) -> None:
+        self.count += 1
+        if self.count <= TOLD_MAX:
+            more = "; further ones are only counted" if self.count == TOLD_MAX else ""
+            self._session.out.warn(f"record {sequence}: not taken by {self._name}: {error.message}{more}")
 
 
 class Sink(ABC):
-    """A destination. `stored` and `repeated` count this run's records."""
+    """A destination. `stored`, `repeated` and `refused` count this run's records."""
 
     name: str
     stored = 0
     repeated = 0
     refused = 0
+    unverified = 0
 
     @abstractmethod
     async def place(self, key: str) -> Place | None:
@@ -96,86 +119,145 @@ class Sink(ABC):
 class StreamSink(Sink):
     """A stream of a broker."""
 
-    def __init__(self, broker: Broker, stream: Stream) -> None:
-        self.name = f"{stream.name} in {broker.url}"
+    def __init__(self, broker: Broker, stream: Stream, patience: Patience, session: Session) -> None:
+        self.name = f"{stream.name} in {redact(broker.url)}"
         self.stream = stream
         self.broker = broker
-        self._digest = hashlib.sha256()
-        self._ranges: list[list[int]] = []
-        self._last = 0
-        self._tail: set[str] = set()
+        self._patience = patience
+        self._refusals = Refusals(session, self.name)
+        self._feed = Feed(stream, patience, on_refused=self._refused)
+        self._places = Places(broker.checkpoints, stream.name)
+        self._kept: Place | None = None
+        self._back = ReadBack(Steady(stream, patience), self.name)
+        self._sources: dict[int, int] = {}
+
+    def _refused(self, message: Message, error: MistError) -> None:
+        self.refused += 1
+        self._refusals(self._sources.get(id(message), 0), error)
 
     async def place(self, key: str) -> Place | None:
-        checkpoints, name = self.broker.checkpoints, self.stream.name
-        self._last = (await self.stream.info()).last
-        found = await checkpoints.load(name, key)
-        if found is None:
-            return None
-        at = await checkpoints.load(name, f"{key}-at")
-        after = at.sequence if at is not None and at.incarnation == self.stream.incarnation else 0
-        after = max(after, (await self.stream.info()).first - 1)
-        while after < self._last:
-            page = await self.stream.read(after=after, limit=1000)
-            self._tail.update(same(r) for r in page.records)
+        self._kept = await self._patience(lambda: self._places.load(key))
+        await self._feed.begin(self._kept)
+        return self._kept
+
+    async def put(self, records: Sequence[Record]) -> None:
+        messages = [Message(r.subject, r.data, r.id, r.headers) for r in records]
+        self._sources = {id(m): r.sequence for m, r in zip(messages, records, strict=True)}
+        answer = await self._feed.put(messages)
+        fresh = [(r, s) for r, s in zip(records, answer, strict=True) if s > 0]
+        self.stored += len(fresh)
+        self.repeated += len(records) - len(fresh) - answer.count(REFUSED)
+        if fresh:
+            await self._back.expect([r for r, _ in fresh], [s for _, s in fresh])
+
+    async def save(self, key: str, place: Place) -> None:
+        # somebody else's row means that the same command runs twice: neither could promise anything
+        now = await self._patience(lambda: self._places.load(key))
+        new = Place(place.incarnation, place.sequence, self._feed.at, self.stream.incarnation)
+        if now not in (self._kept, new):
+            raise Conflict(
+                f"{self.name}: another run of the same transfer saved its place meanwhile",
+                hint="stop one of them; the other goes on where they are",
+            )
+        await self._patience(lambda: self._places.save(key, new))
+        self._kept = new
+
+    async def forget(self, key: str) -> None:
+        await self._patience(lambda: self._places.forget(key))
+
+    async def check(self) -> str:
+        digest = await self._back.finish()
+        self.unverified = self._back.expired
+        return digest
+
+    async def aclose(self) -> None:
+        await self._back.aclose()
+
+
+class _Stored(NamedTuple):
+    """A batch that was stored: its sequences, ascending, and the digest up to and with it."""
+
+    sequences: list[int]
+    digest: Any
+
+
+class ReadBack:
+    """Reads what was stored, a few batches behind, and compares digests."""
+
+    def __init__(self, stream: Stream, name: str) -> None:
+        self._stream = stream
+        self._name = name
+        self._sent = hashlib.sha256()
+        self._got = hashlib.sha256()
+        self._queue: asyncio.Queue[_Stored | None] = asyncio.Queue(BEHIND_MAX)
+        self._task: asyncio.Task[None] | None = None
+        self.expired = 0
+        """Records that the destination's retention had removed before they were compared."""
+
+    async def expect(self, records: Sequence[Record], sequences: list[int]) -> None:
+        """These were stored. Raises Mismatch when an earlier batch was not what was sent."""
+        self._sent.update(fingerprints(records))
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        await self._or_failure(self._queue.put(_Stored(sequences, self._sent.copy())))
+
+    async def finish(self) -> str:
+        """Wait for the last batch; the digest of all."""
+        if self._task is not None:
+            await self._or_failure(self._queue.put(None))
+            await self._task
+        return self._sent.hexdigest()
+
+    async def _or_failure(self, putting: Any) -> None:
+        """Do it, or raise why the reading has ended."""
+        task = self._task
+        assert task is not None  # noqa: S101
+        waiting = asyncio.ensure_future(putting)
+        try:
+            await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if task.done():
+            task.result()
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while (batch := await self._queue.get()) is not None:
+            found = await self._read(batch.sequences)
+            if found is None:
+                self.expired += len(batch.sequences)
+                self._got = batch.digest
+                continue
+            if found:
+                self._got.update(fingerprints(found))
+            same = self._got.digest() == batch.digest.digest()
+            if len(found) != len(batch.sequences) or not same:
+                first, last = batch.sequences[0], batch.sequences[-1]
+                raise Mismatch(
+                    f"{self._name}: {len(batch.sequences)} records were stored as {first} to {last}, {len(found)} are read "
+                    f"back, and the digests {'agree' if same else 'differ'}",
+                    hint=f"`mist stream verify {self._stream.name}` reads every byte",
+                )
+
+    async def _read(self, sequences: list[int]) -> list[Record] | None:
+        """The records under these sequences; None when some are gone by the stream's retention."""
+        wanted = set(sequences)
+        out: list[Record] = []
+        after, last = sequences[0] - 1, sequences[-1]
+        while after < last:
+            try:
+                page = await self._stream.read(after=after, limit=PAGE)
+            except SequenceExpired:
+                return None
+            out += [r for r in page.records if r.sequence in wanted]
             if page.scanned <= after:
                 break
             after = page.scanned
-        return Place(found.incarnation, found.sequence)
-
-    async def put(self, records: Sequence[Record]) -> None:
-        fresh = [r for r in records if same(r) not in self._tail] if self._tail else records
-        self.repeated += len(records) - len(fresh)
-        if not fresh:
-            return
-        sequences = await self.stream.append([Message(r.subject, r.data, r.id, r.headers) for r in fresh])
-        for record, sequence in zip(fresh, sequences, strict=True):
-            if sequence <= self._last:
-                self.repeated += 1
-                continue
-            self._last = sequence
-            self.stored += 1
-            self._digest.update(fingerprint(record.subject, record.id, record.headers, record.data))
-            if self._ranges and self._ranges[-1][1] == sequence - 1:
-                self._ranges[-1][1] = sequence
-            else:
-                self._ranges.append([sequence, sequence])
-
-    async def save(self, key: str, place: Place) -> None:
-        # the source's place first: a crash in between leaves an old `-at`, whose longer tail is read back harmlessly
-        name, checkpoints = self.stream.name, self.broker.checkpoints
-        await checkpoints.save(
-            Checkpoint(stream=name, name=key, incarnation=place.incarnation, sequence=place.sequence), force=True
-        )
-        await checkpoints.save(
-            Checkpoint(stream=name, name=f"{key}-at", incarnation=self.stream.incarnation, sequence=self._last),
-            force=True,
-        )
-
-    async def forget(self, key: str) -> None:
-        for each in (key, f"{key}-at"):
-            await self.broker.checkpoints.delete(self.stream.name, each)
-
-    async def check(self) -> str:
-        back = hashlib.sha256()
-        count = 0
-        for first, last in self._ranges:
-            after = first - 1
-            while after < last:
-                page = await self.stream.read(after=after, limit=1000)
-                for r in page.records:
-                    if r.sequence <= last:
-                        back.update(fingerprint(r.subject, r.id, r.headers, r.data))
-                        count += 1
-                if page.scanned <= after:
-                    break
-                after = page.scanned
-        if count != self.stored or back.digest() != self._digest.digest():
-            raise Mismatch(
-                f"{self.name}: {self.stored} records were stored, {count} are read back, and the digests "
-                f"{'agree' if back.digest() == self._digest.digest() else 'differ'}",
-                hint=f"`mist stream verify {self.stream.name}` reads every byte",
-            )
-        return back.hexdigest()
+        return out
 
 
 class _FilePlace(Struct, frozen=True):
@@ -296,6 +378,33 @@ def source_url(session: Session, text: str) -> str:
     return f"{url.without_query()}?stream={name}"
 
 
+def patience(session: Session, name: str) -> Patience:
+    """Waits for the backend of that name, and says so on stderr."""
+    out = session.out
+
+    def away(error: MistError, since_s: float) -> None:
+        until = "--timeout bounds it" if session.timeout_s is None else f"until --timeout {session.timeout_s:g} is over"
+        out.warn(f"{name} does not answer ({error.message}); trying again, {until}")
+
+    return Patience(on_away=away, on_back=lambda s: out.note(f"{name} is back after {s:.1f} s"))
+
+
+async def reach(session: Session, name: str, call: Callable[[], Awaitable[T]]) -> T:
+    """What needs a connection at the start: waited for only where --timeout says for how long."""
+    return await (call() if session.timeout_s is None else patience(session, name)(call))
+
+
+async def open_source(session: Session, text: str) -> tuple[Broker | None, Stream]:
+    """The source: waited for when it goes away, and refusing what is no record (a file's bad lines must not become
+    records of a stream)."""
+    name = redact(session.target(text)[0].without_query())
+    broker, stream = await reach(session, name, lambda: session.locate(text))
+    if isinstance(stream, FileStream):
+        stream.strict = True
+        return broker, stream
+    return broker, Steady(stream, patience(session, name))
+
+
 async def open_sink(session: Session, text: str, default_name: str, stack: Any) -> Sink:
     """The destination an argument names; a broker URL without a stream takes the source's name."""
     url, name = session.target(text)
@@ -306,8 +415,12 @@ async def open_sink(session: Session, text: str, default_name: str, stack: Any) 
     name = name or default_name
     if not name:
         raise InvalidArgument(f"{url.redacted()}: which stream?", hint="add ?stream=NAME")
-    broker = await session.connect(url, create=True)
-    return StreamSink(broker, await broker.open(name))
+    where = redact(url.without_query())
+    broker = await reach(session, where, lambda: session.connect(url, create=True))
+    stream = await reach(session, where, lambda: broker.open(name))
+    sink = StreamSink(broker, stream, patience(session, where), session)
+    stack.push_async_callback(sink.aclose)
+    return sink
 
 
 def refuse_itself(broker: Broker | None, source: Stream, sink: Sink) -> None:
@@ -324,11 +437,11 @@ def _place(broker: Broker) -> str:
     return str(Path(url.target).resolve()) if url.scheme == "log" else broker.url
 
 
-def strict(session: Session, stream: Stream) -> Stream:
-    """The source, refusing what is no record: a file's bad lines must not become records of a stream."""
-    if isinstance(stream, FileStream):
-        stream.strict = True
-    return stream
+def span_of(info: Any, after: int, to: int | None) -> int:
+    """About how many records lie behind `after`, up to `to`: sequences may have gaps of any size."""
+    low, high = max(after, info.first - 1), info.last if to is None else min(to, info.last)
+    width = info.last - info.first + 1
+    return max(1, round(info.records * (high - low) / width)) if high > low and info.records else 0
 
 
 class Transfer:
@@ -345,16 +458,18 @@ class Transfer:
         self._follow = follow
         self._unsaved: int | None = None
         self._next_save = time.monotonic() + SAVE_EVERY_S
+        self.position = scan.position
+        """Everything of the source up to it is at the destination."""
         self.moved = 0
         self.last_time_ns = 0
 
     async def run(self, progress: Progress) -> None:
         """Move everything the scan gives. The place is saved twice a second, at the end, and when interrupted."""
         begun = time.monotonic()
-        start = self._scan.position
+        self._unsaved = self.position
+        await self._save()  # before anything is stored: a run that is killed at once must find its tail too
         try:
-            async for views in self._scan.pages():
-                records = [v.record for v in views]
+            async for records, position in self._pages():
                 for at in range(0, len(records), self._step()):
                     part = records[at : at + self._step()]
                     if self._rate is not None:
@@ -365,15 +480,42 @@ class Transfer:
                     self.moved += len(part)
                     self.last_time_ns = part[-1].timestamp_ns
                     last = at + len(part) >= len(records)
-                    self._unsaved = self._scan.position if last else part[-1].sequence
+                    self.position = self._unsaved = position if last else part[-1].sequence
                     if time.monotonic() >= self._next_save:
                         await self._save()
-                progress.at(self._scan.position - start)
-                if self._follow and len(records) < PAGE:
-                    await self._save()  # at the end: it may be long until there is more
-            self._unsaved = self._scan.position
+                progress.at(self.moved)
+            self.position = self._unsaved = self._scan.position
+        except BaseException:
+            # without it the next run only has more to look for; a destination that is away must not hold us now
+            with contextlib.suppress(MistError, TimeoutError):
+                async with asyncio.timeout(LAST_SAVE_S):
+                    await self._save()
+            raise
+        await self._save()
+
+    async def _pages(self) -> AsyncIterator[tuple[list[Record], int]]:
+        """The scan's pages and where each ends, one read ahead while the one before is stored."""
+        pages = self._scan.pages()
+
+        async def one() -> tuple[list[View], int] | None:
+            views = await anext(pages, None)
+            return None if views is None else (views, self._scan.position)
+
+        ahead = asyncio.ensure_future(one())
+        try:
+            while True:
+                if self._follow and not ahead.done():  # it may be long until there is more
+                    await asyncio.wait({ahead}, timeout=max(0.0, self._next_save - time.monotonic()))
+                    if not ahead.done():
+                        await self._save()
+                found = await ahead
+                if found is None:
+                    return
+                ahead = asyncio.ensure_future(one())
+                yield [v.record for v in found[0]], found[1]
         finally:
-            await self._save()
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
 
     def _step(self) -> int:
         return 1000 if self._rate is None else max(1, min(1000, int(self._rate // 10)))
@@ -402,13 +544,27 @@ async def resume_after(session: Session, sink: Sink, key: str, incarnation: str,
     return place.sequence
 
 
+def complain(session: Session, sink: Sink) -> None:
+    """What did not go over, or could not be compared, ends with 9."""
+    if sink.refused:
+        session.fail_with(PARTIAL)
+        if isinstance(sink, FileSink):
+            session.out.warn(
+                f"{sink.refused} records are no envelopes and cannot lie in a file of envelopes; see `mist export`"
+            )
+        else:
+            session.out.warn(f"{sink.refused:,} records were not taken by {sink.name} and were passed over")
+    if sink.unverified:
+        session.fail_with(PARTIAL)
+        session.out.warn(
+            f"{sink.unverified:,} of the records stored were gone from {sink.name} before they could be compared: "
+            "its retention is shorter than this took"
+        )
+
+
 def report(session: Session, sink: Sink, *, source: str, scan: Scan, digest: str, verb: str) -> None:
     """The result: one object, or one line."""
-    if sink.refused:
-        session.out.warn(
-            f"{sink.refused} records are no envelopes and cannot lie in a file of envelopes; see `mist export`"
-        )
-        session.fail_with(PARTIAL)
+    complain(session, sink)
     if session.out.format == "table":
         more = f", {sink.repeated:,} were there" if sink.repeated else ""
         session.out.note(f"{verb} {sink.stored:,} records of {source} to {sink.name}{more}; digests agree")
@@ -416,6 +572,6 @@ def report(session: Session, sink: Sink, *, source: str, scan: Scan, digest: str
     session.out.item(
         {
             "source": source, "destination": sink.name, "stored": sink.stored, "repeated": sink.repeated,
-            "refused": sink.refused, "damaged_ranges": scan.damaged, "position": seq(scan.position), "sha256": digest,
+            "refused": sink.refused, "unverified": sink.unverified, "damaged_ranges": scan.damaged, "position": seq(scan.position), "sha256": digest,
         }
     )  # fmt: skip

@@ -16,6 +16,7 @@ from cli.conftest import Cli, envelope, fill, message, records, with_broker
 from mist.broker.base import Message, Record, StreamConfig
 from mist.cli import transfer
 from mist.errors import DataLoss
+from mist.log.broker import LogStream
 from mist.protocol.codec import encode, encode_msgpack
 
 TRANSPORT = pytest.mark.skipif(
@@ -76,7 +77,7 @@ def test_a_crash_between_storing_and_saving_doubles_nothing(
 
     async def broken(self: transfer.StreamSink, key: str, place: transfer.Place) -> None:
         calls.append(place)
-        if len(calls) >= 2:
+        if len(calls) >= 3:
             raise OSError("the machine stops here")
         await real(self, key, place)
 
@@ -103,13 +104,13 @@ def test_a_source_that_was_made_again_is_refused(cli: Cli, log: str, other: str)
 def test_what_is_read_back_is_compared(cli: Cli, log: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A destination that stores something else ends with 8."""
     fill(log, "s", 5)
-    real = transfer.StreamSink.put
+    real = LogStream.append
 
-    async def tampering(self: transfer.StreamSink, found: list[Record]) -> None:
-        await real(self, found)
-        self._digest.update(b"!")
+    async def tampering(self: LogStream, messages: Any, *, expected_last: int | None = None) -> list[int]:
+        changed = [Message(m.subject, m.data.replace(b"id-3", b"id-4"), m.id, m.headers) for m in messages]
+        return await real(self, changed, expected_last=expected_last)
 
-    monkeypatch.setattr(transfer.StreamSink, "put", tampering)
+    monkeypatch.setattr(LogStream, "append", tampering)
     result = cli("-u", log, "copy", "s", other)
     assert result.code == 8
     assert "digests differ" in result.err
