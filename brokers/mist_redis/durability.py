@@ -1,0 +1,148 @@
+"""What an acknowledged append survives on this server, as the server itself says.
+
+No append-only file: `memory`. With one, `appendfsync` no or everysec: `process`. always: `power`. With WAITAOF (Redis
+7.2, Valkey) a stream may ask for `power` on an everysec server and pays the wait; with WAIT for `replicated`. Where the
+server does not let us look (ACL), only what is certain is stated, with a warning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from mist.broker.base import Durability
+from mist.errors import InvalidArgument
+from mist_redis.resp import Command, ReplyError
+from mist_redis.url import Settings
+
+_SETTINGS = ("appendonly", "appendfsync", "save", "maxmemory-policy", "min-replicas-to-write")
+QUESTIONS: tuple[Command, ...] = (
+    *(("CONFIG", "GET", name) for name in _SETTINGS),
+    ("INFO", "persistence"),
+    ("INFO", "replication"),
+    ("COMMAND", "INFO", "WAITAOF"),
+)
+_ORDER: tuple[Durability, ...] = ("memory", "process", "power", "replicated")
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """What one server said about itself."""
+
+    aof: bool = False
+    fsync: str = ""
+    """Empty: it did not say."""
+    saves: bool = False
+    policy: str = ""
+    replicas: int = 0
+    replicas_min: int = 0
+    waitaof: bool = False
+    hidden: bool = False
+    """It did not let us see its settings."""
+
+    @property
+    def level(self) -> Durability:
+        """Without any waiting."""
+        if not self.aof:
+            return "memory"
+        return "power" if self.fsync == "always" else "process"
+
+
+def facts(replies: list[Any]) -> Facts:
+    """From the replies to QUESTIONS, errors among them."""
+    config: dict[str, str] = {}
+    hidden = False
+    for reply in replies[: len(_SETTINGS)]:
+        if isinstance(reply, ReplyError) or not reply:
+            hidden = True
+        else:
+            config[reply[0].decode()] = reply[1].decode()
+    persistence, replication = (_lines(r) for r in replies[len(_SETTINGS) : len(_SETTINGS) + 2])
+    command = replies[len(_SETTINGS) + 2]
+    known = isinstance(command, list) and bool(command) and bool(command[0])
+    if "appendonly" in config:
+        aof = config["appendonly"] == "yes"
+    else:
+        aof = persistence.get("aof_enabled") == "1"
+    return Facts(
+        aof=aof, fsync=config.get("appendfsync", ""), saves=bool(config.get("save")),
+        policy=config.get("maxmemory-policy", ""), replicas=int(replication.get("connected_slaves", "0")),
+        replicas_min=int(config.get("min-replicas-to-write", "0")), waitaof=known and aof, hidden=hidden,
+    )  # fmt: skip
+
+
+def _lines(reply: Any) -> dict[str, str]:
+    if not isinstance(reply, bytes):
+        return {}
+    pairs = (line.partition(":") for line in reply.decode("utf-8", "replace").splitlines())
+    return {k: v for k, _, v in pairs if v}
+
+
+def default(found: Facts, settings: Settings) -> Durability:
+    """What a stream gets that asks for nothing."""
+    if settings.wait_replicas and found.replicas >= settings.wait_replicas:
+        return "replicated"
+    if settings.waitaof and found.waitaof:
+        return "power"
+    return found.level
+
+
+def check(asked: Durability, found: Facts, settings: Settings) -> None:
+    """Raise InvalidArgument when this server cannot give what a new stream asks for."""
+    if asked == "replicated":
+        need = max(settings.wait_replicas, 1)
+        if found.replicas < need:
+            raise InvalidArgument(
+                f"redis: cannot give durability 'replicated': {found.replicas} replicas are connected, {need} needed",
+                hint="add a replica, or ask for less",
+            )
+    elif asked == "power" and found.level != "power" and not found.waitaof:
+        raise InvalidArgument(
+            f"redis: cannot give durability 'power': appendonly is {'on' if found.aof else 'off'}, "
+            f"appendfsync is {found.fsync or 'not shown'}",
+            hint="set appendonly yes and appendfsync always (or use a server with WAITAOF)",
+        )
+    elif asked == "process" and found.level == "memory":
+        raise InvalidArgument(
+            "redis: cannot give durability 'process': the server keeps no append-only file", hint="set appendonly yes"
+        )
+
+
+def in_force(config: Durability | None, found: Facts, settings: Settings) -> Durability:
+    """What the stream's appends survive now, never more than it was made for."""
+    wanted = config or found.level
+    try:
+        check(wanted, found, settings)
+    except InvalidArgument:
+        return found.level if _ORDER.index(found.level) < _ORDER.index(wanted) else "memory"
+    return wanted
+
+
+def waits(config: Durability | None, found: Facts, settings: Settings) -> tuple[int, bool]:
+    """How many replicas an append waits for, and whether for the disk."""
+    replicas = settings.wait_replicas or (1 if config == "replicated" else 0)
+    disk = settings.waitaof or (config == "power" and found.fsync != "always")
+    return replicas, disk and found.waitaof
+
+
+def warnings(config: Durability | None, found: Facts, settings: Settings) -> tuple[str, ...]:
+    """What an operator should know."""
+    out: list[str] = []
+    now = in_force(config, found, settings)
+    if config is not None and _ORDER.index(now) < _ORDER.index(config):
+        out.append(f"made for durability {config}, the server gives {now} now")
+    if found.hidden:
+        out.append(
+            "the server does not show its settings, so only what is certain is stated: allow `+config|get +info`"
+        )
+    if not found.aof and found.saves:
+        out.append("no append-only file, only snapshots: a crash loses everything since the last one (appendonly yes)")
+    elif not found.aof:
+        out.append("the server keeps nothing on disk: a restart loses every stream (appendonly yes)")
+    if found.policy.startswith("allkeys-"):
+        out.append(f"maxmemory-policy {found.policy} may evict whole streams: use noeviction")
+    if found.replicas_min:
+        out.append(f"min-replicas-to-write is {found.replicas_min}, {found.replicas} replicas are connected")
+    if settings.waitaof and not found.waitaof:
+        out.append("waitaof was asked for, the server has no WAITAOF or no append-only file")
+    return tuple(out)
