@@ -53,7 +53,7 @@ def adapter(scheme: str) -> Adapter:
     if scheme in _EXTRAS:
         raise InvalidArgument(
             f"{scheme}: this release has no adapter for it",
-            hint="NATS and Redis come with the next one; log:DIR needs no server",
+            hint="Redis comes with the next one; log:DIR needs no server",
         )
     known = sorted({*_BUILT_IN, *(p.name for p in entry_points(group=GROUP))})
     raise InvalidArgument(f"no broker for the scheme {scheme!r}", hint=f"known here: {', '.join(known)}")
