@@ -50,11 +50,6 @@ def adapter(scheme: str) -> Adapter:
                 f"{scheme}: needs a package that is not installed ({exc.name})",
                 hint=f"pip install 'mist-stack[{extra}]'",
             ) from exc
-    if scheme in ("nats", "tls"):
-        raise InvalidArgument(
-            f"{scheme}: this release has no adapter for it",
-            hint="NATS comes with the next one; redis://localhost:6379 and log:DIR are there",
-        )
     known = sorted({*_BUILT_IN, *(p.name for p in entry_points(group=GROUP))})
     raise InvalidArgument(f"no broker for the scheme {scheme!r}", hint=f"known here: {', '.join(known)}")
 

@@ -1,0 +1,144 @@
+"""Direct get: stored messages without a consumer, many in one request (server 2.11+), one at a time before that.
+
+Promises: records in order, exactly as they were appended; an answer that breaks off (a server that goes away) raises,
+it never looks like a shorter page. Does not: decide what a gap means; that needs the stream's state (read.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import msgspec
+from msgspec import Struct
+
+from mist.broker.base import Record
+from mist.errors import Closed, TimedOut, Unavailable
+from mist_nats import wire
+from mist_nats.api import Api
+from mist_nats.headers import read_header
+from mist_nats.link import CALL_S, Lost
+from mist_nats.wire import Frame
+
+_TAIL = re.compile(
+    rb"Nats-Stream: [^\r]*\r\nNats-Subject: ([^\r]*)\r\nNats-Sequence: (\d+)\r\nNats-Time-Stamp: ([^\r]*)\r\n"
+    rb"(?:Nats-Num-Pending: (\d+)\r\nNats-Last-Sequence: \d+\r\n)?\r\n\Z"
+).search
+BATCH_MAX = 4096
+SLACK = 400
+"""What a stored message weighs beside its data, roughly: the server counts subject and headers into max_bytes."""
+
+
+class Request(Struct, omit_defaults=True):
+    seq: int = 0
+    batch: int = 0
+    max_bytes: int = 0
+    next_by_subj: str = ""
+    start_time: str = ""
+    last_by_subj: str = ""
+
+
+class Batch(Struct):
+    """Records, how many more match behind them (-1: not told), and whether the server knew no match at all."""
+
+    records: list[Record]
+    more: int
+    none: bool = False
+
+
+class Subjects:
+    """What the server calls a subject -> what we call it; a stream has few."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = len(prefix)
+        self._known: dict[bytes, str] = {}
+
+    def __call__(self, raw: bytes) -> str:
+        found = self._known.get(raw)
+        if found is None:
+            if len(self._known) > 4096:
+                self._known.clear()
+            found = self._known[raw] = raw.decode(errors="replace")[self._prefix :]
+        return found
+
+
+def record_of(frame: Frame, subjects: Subjects) -> tuple[Record, int]:
+    """The record of one answer, and how many are left (-1: not told). Raises Garbled."""
+    header = frame[2]
+    found = _TAIL(header)
+    if found is None:
+        return _unusual(frame, subjects)
+    subject, sequence, at, left = found.groups()
+    id, headers, data = read_header(header, frame[3])
+    return Record(int(sequence), subjects(subject), data, wire.time_ns(at), id, headers), -1 if left is None else int(
+        left
+    )
+
+
+def _unusual(frame: Frame, subjects: Subjects) -> tuple[Record, int]:
+    header = frame[2]
+    sequence, left = wire.field(header, b"Nats-Sequence"), wire.field(header, b"Nats-Num-Pending")
+    if not sequence.isdigit():
+        raise wire.Garbled(f"a direct get without its sequence: {header[:80]!r}")
+    id, headers, data = read_header(header, frame[3])
+    record = Record(
+        int(sequence), subjects(wire.field(header, b"Nats-Subject")), data,
+        wire.time_ns(wire.field(header, b"Nats-Time-Stamp")), id, headers,
+    )  # fmt: skip
+    return record, int(left) if left.isdigit() else -1
+
+
+async def get(api: Api, stream: str, request: Request, subjects: Subjects, until: float) -> Batch:
+    """One request. Raises Unavailable, TimedOut, Closed; `api.NoAnswer` is told as Batch.none with more=-1."""
+    link = api.link
+    await link.ready(until)
+    single = not request.batch
+    box = link.inbox()
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    frames: list[Frame] = []
+    end: list[Frame] = []
+
+    def handle(got: list[Frame]) -> None:
+        last = got[-1]
+        if wire.status(last[2]):
+            end.append(got.pop())
+        frames.extend(got)
+        if (end or (single and frames)) and not done.done():
+            done.set_result(None)
+
+    def lost() -> None:
+        if not done.done():
+            done.set_exception(Lost("the connection was lost"))
+
+    box.handler = handle
+    link.on_lost.append(lost)
+    clean = False
+    try:
+        link.send(wire.pub(api.subject(f"DIRECT.GET.{stream}"), msgspec.json.encode(request), box.subject))
+        async with asyncio.timeout_at(until):
+            await done
+        clean = True
+    except TimeoutError as exc:
+        raise TimedOut(f"stream {stream}: read: no answer within {CALL_S:g} s") from exc
+    except Lost as exc:
+        if link.closed:
+            raise Closed("the broker is closed") from exc
+        raise Unavailable(f"stream {stream}: read: the connection was lost") from exc
+    finally:
+        link.on_lost.remove(lost)
+        if clean:
+            link.release(box)
+        else:
+            link.drop(box)
+    if end and wire.status(end[0][2]) not in (204, 404):
+        if wire.status(end[0][2]) == 503:
+            return Batch([], -1, True)
+        raise Unavailable(f"stream {stream}: read: {wire.status_text(end[0][2])}")
+    try:
+        pairs = [record_of(f, subjects) for f in frames]
+    except wire.Garbled as exc:
+        raise Unavailable(f"stream {stream}: read: {exc}", retryable=False) from exc
+    if not pairs:
+        return Batch([], 0, True)
+    left = wire.field(end[0][2], b"Nats-Num-Pending") if end else b""
+    return Batch([r for r, _ in pairs], int(left) if left.isdigit() else pairs[-1][1])

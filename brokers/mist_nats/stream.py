@@ -1,0 +1,471 @@
+"""A JetStream stream through the contract: append, read, positions, trim, consumers.
+
+Reads are direct gets: records come from the first look, and what a gap in front of them means is decided by the
+stream's state, asked afterwards (a trim between the two is then seen). One filter on a stream of one server is given to
+the server; with several filters, or where replicas may answer from behind, records are read unfiltered and filtered
+here, because only an unbroken run of sequences proves that nothing was passed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mist.broker.base import (
+    ALL,
+    BYTES_MAX,
+    RECORD_BYTES_MAX,
+    ConsumerConfig,
+    Message,
+    Page,
+    Record,
+    Stream,
+    StreamInfo,
+    Verification,
+    check_messages,
+    check_position,
+    check_read,
+)
+from mist.errors import CursorAhead, InvalidArgument, NotFound, SequenceExpired, Unsupported
+from mist.protocol.subject import matcher
+from mist_nats import api as js
+from mist_nats.api import Api, ApiError, translated
+from mist_nats.direct import BATCH_MAX, SLACK, Batch, Request, Subjects, get
+from mist_nats.link import CALL_S
+from mist_nats.names import META_INCARNATION, TAIL, prefix
+from mist_nats.publish import Publisher
+from mist_nats.tail import Tail
+from mist_nats.wire import rfc3339, time_ns
+
+if TYPE_CHECKING:
+    from mist_nats.broker import NatsBroker
+    from mist_nats.consumer import NatsConsumer
+
+TAILS_MAX = 8
+SCAN_BYTES = 8 * 1024 * 1024
+LAG_PAUSE_S = 0.005
+"""Between two looks at a replica that is behind its leader."""
+HEADERS_ROOM = 128 * 1024
+TIMES_NS = -(2**62), 2**62
+
+
+class Shared:
+    """What all handles of one stream have in common on one connection."""
+
+    def __init__(self, broker: NatsBroker, raw: str, info: js.StreamInfo) -> None:
+        self.broker = broker
+        self.api: Api = broker.api
+        self.raw = raw
+        """The server's name of it."""
+        meta = info.config.metadata or broker.described(info.config.description)
+        self.ours = META_INCARNATION in meta
+        self.incarnation = meta[META_INCARNATION] if self.ours else created_token(info.created)
+        self.prefix = prefix(raw) if self.ours else ""
+        self.subjects = Subjects(self.prefix)
+        self.deleted = False
+        self.doubt = 0
+        """The connection's generation at which the stream was last seen to be this one; 0: look again."""
+        self.tails: dict[tuple[str, ...], Tail] = {}
+        self.update(info, meta)
+        atomic = info.config.allow_atomic and self.api.link.version >= (2, 12)
+        self.publisher = Publisher(
+            broker.window, raw, self.prefix,
+            atomic=atomic,
+            prefer_atomic=atomic
+            and (broker.sync.always or info.config.num_replicas > 1 or info.config.discard == "new"),
+            dedupe=self.dedupes,
+        )  # fmt: skip
+
+    def update(self, info: js.StreamInfo, meta: dict[str, str] | None = None) -> None:
+        self.info = info
+        meta = info.config.metadata or self.broker.described(info.config.description) if meta is None else meta
+        self.config, self.durability, self.warnings = self.broker.in_force(info, meta if self.ours else None)
+        self.batched = info.config.allow_direct and self.api.link.version >= (2, 11)
+        self.alone = info.config.num_replicas <= 1 and info.config.mirror is None
+        self.doubt = self.api.link.generation
+
+    @property
+    def dedupes(self) -> bool:
+        return not self.ours or bool(self.config.dedupe_window_s and self.config.dedupe_ids_max)
+
+    def gone(self) -> None:
+        """Deleted by us: every handle and waiter learns it now."""
+        self.deleted = True
+        for tail in list(self.tails.values()):
+            tail.die()
+
+    def filters(self, subjects: Sequence[str]) -> tuple[str, ...]:
+        """As the server's subjects."""
+        if tuple(subjects) == ALL or ">" in subjects:
+            return ALL if not self.prefix else (f"{self.prefix}>",)
+        return tuple(f"{self.prefix}{s}" for s in subjects)
+
+
+def created_token(created: str) -> str:
+    """The incarnation of somebody else's stream: when it was made."""
+    return format(time_ns(created.encode()), "x") if created.endswith("Z") else created or "0"
+
+
+class NatsStream(Stream):
+    def __init__(self, broker: NatsBroker, name: str, shared: Shared) -> None:
+        self.name = name
+        self.shared = shared
+        self.incarnation = shared.incarnation
+        self._broker = broker
+        self._api = broker.api
+
+    @property
+    def size_bytes_max(self) -> int:  # type: ignore[override]
+        room = self._api.link.max_payload
+        most = self.shared.info.config.max_msg_size
+        if most > 0:
+            room = min(room, most)
+        return min(RECORD_BYTES_MAX, room - min(HEADERS_ROOM, room // 2))
+
+    # --- whether it is still there ---
+
+    def _open(self) -> None:
+        self._broker.check_open()
+        if self.shared.deleted:
+            raise NotFound(f"stream {self.name} was deleted")
+
+    async def check(self) -> None:
+        """Raises Closed and NotFound; asks the server when something may have happened to the stream."""
+        self._open()
+        if self.shared.doubt != self._api.link.generation:
+            await self.state()
+
+    async def state(self) -> js.StreamInfo:
+        """STREAM.INFO, when it is still this stream."""
+        self._open()
+        try:
+            info = await self._api.call(f"STREAM.INFO.{self.shared.raw}", type=js.StreamInfo)
+        except ApiError as exc:
+            self._open()
+            if exc.err_code == js.STREAM_NOT_FOUND:
+                self.shared.gone()
+                raise NotFound(f"stream {self.name} was deleted") from exc
+            raise translated(exc, f"stream {self.name}") from exc
+        meta = info.config.metadata or self._broker.described(info.config.description)
+        now = meta.get(META_INCARNATION) or created_token(info.created)
+        if now != self.incarnation:
+            self.shared.gone()
+            raise NotFound(f"stream {self.name} was deleted and made again")
+        self._open()
+        self.shared.update(info)
+        return info
+
+    # --- append ---
+
+    async def append(self, messages: Sequence[Message], *, expected_last: int | None = None) -> list[int]:
+        self._open()
+        if self.shared.doubt != self._api.link.generation:
+            await self.check()
+        if not messages:
+            return []
+        check_messages(messages, self.size_bytes_max)
+        if expected_last is not None:
+            check_position(expected_last, "expected_last")
+        if not self.shared.ours:
+            self._check_subjects(messages)
+        try:
+            return await self.shared.publisher.append(messages, expected_last)
+        except NotFound:
+            await self.state()
+            raise
+
+    def _check_subjects(self, messages: Sequence[Message]) -> None:
+        match = matcher(self.shared.info.config.subjects or ["$none"])
+        for at, m in enumerate(messages):
+            if match is not None and not match(m.subject):
+                raise InvalidArgument(
+                    f"message {at}: {m.subject[:80]!r} is no subject of stream {self.name}",
+                    hint=f"it takes {', '.join(self.shared.info.config.subjects[:5])}",
+                )
+
+    # --- read ---
+
+    async def read(
+        self,
+        *,
+        after: int = 0,
+        subjects: Sequence[str] = ALL,
+        limit: int = 256,
+        bytes_max: int = BYTES_MAX,
+        wait_s: float = 0.0,
+    ) -> Page:
+        check_read(after=after, limit=limit, bytes_max=bytes_max, wait_s=wait_s)
+        match = matcher(subjects)
+        key = ALL if match is None else tuple(subjects)
+        bytes_max = min(bytes_max, BYTES_MAX)
+        limit = min(limit, BATCH_MAX)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        first = True
+        while True:
+            if self.shared.deleted or self._broker.closed or self.shared.doubt != self._api.link.generation:
+                await self.check()
+            tail = self.shared.tails.get(key) if wait_s > 0 else None
+            if tail is not None and tail.serves(after):
+                records, last = tail.take(after, limit, bytes_max)
+                if records:
+                    return Page(records, records[-1].sequence, last)
+                if loop.time() < until:
+                    await tail.wait(after, until)
+                    first = False
+                    continue
+            page = await self._look(after, key, match, limit, bytes_max)
+            if page.records or wait_s <= 0 or (loop.time() >= until and not first):
+                return page
+            first = False
+            after = page.scanned  # nothing here matched; what was passed over needs no second look
+            if page.scanned < page.last:
+                continue
+            tail = self.shared.tails.get(key)
+            if tail is None or not tail.serves(after):
+                await self._follow(key, after)
+
+    async def _follow(self, key: tuple[str, ...], after: int) -> None:
+        """Make a tail that stands at `after`."""
+        tails = self.shared.tails
+        old = tails.pop(key, None)
+        if old is not None:
+            old.die()
+        for other in [k for k, t in tails.items() if t.dead]:
+            del tails[other]
+        while len(tails) >= TAILS_MAX:
+            tails.pop(next(iter(tails))).die()
+        filters = ALL if key == ALL else self.shared.filters(key)
+        if len(filters) > 1 and self._api.link.version < (2, 10):
+            filters = ALL
+        tail = Tail(self._api, self.shared.raw, self.shared.subjects, filters, after, secrets.token_hex(6))
+        tails[key] = tail
+        try:
+            await tail.start()
+        except ApiError as exc:
+            tail.die()
+            if exc.err_code == js.STREAM_NOT_FOUND or exc.code == 404:
+                await self.state()
+            raise translated(exc, f"stream {self.name}: following its end") from exc
+        except BaseException:
+            tail.die()
+            raise
+
+    async def _look(
+        self, after: int, key: tuple[str, ...], match: Callable[[str], bool] | None, limit: int, bytes_max: int
+    ) -> Page:
+        """One page of what is there now."""
+        if not self.shared.batched:
+            return await self._look_one_by_one(after, match, limit, bytes_max)
+        if match is None:
+            return await self._look_at_all(after, limit, bytes_max)
+        if len(key) == 1 and self.shared.alone:
+            return await self._look_filtered(after, self.shared.filters(key)[0], limit, bytes_max)
+        return await self._scan(after, match, limit, bytes_max)
+
+    async def _batch(self, **request: object) -> Batch:
+        until = asyncio.get_running_loop().time() + CALL_S
+        batch = await get(self._api, self.shared.raw, Request(**request), self.shared.subjects, until)  # type: ignore[arg-type]
+        if batch.none and batch.more < 0:
+            await self.state()  # nobody answers for this stream: deleted, most likely
+            await asyncio.sleep(LAG_PAUSE_S)
+        return batch
+
+    async def _look_at_all(self, after: int, limit: int, bytes_max: int) -> Page:
+        batch = await self._batch(
+            seq=after + 1, batch=limit, max_bytes=bytes_max + SLACK, next_by_subj=self.shared.filters(ALL)[0]
+        )
+        records = batch.records
+        if records and records[0].sequence == after + 1 and self.shared.alone:
+            last = records[-1].sequence + max(batch.more, 0)
+            return _page(records, last, bytes_max)
+        info = await self.state()
+        first, last = _bounds(info.state)
+        if after > last:
+            raise CursorAhead(after=after, last=last, stream=self.name)
+        if after + 1 < first:
+            raise SequenceExpired(after=after, first=first, stream=self.name)
+        if records:
+            return _page(records, max(last, records[-1].sequence), bytes_max)
+        if last > after:
+            # written between the two looks, or gone from the middle, or the replica that answered is behind
+            if self.shared.alone and info.state.messages and not await self._anything(after):
+                return Page([], last, last)
+            await asyncio.sleep(LAG_PAUSE_S if not self.shared.alone else 0)
+            return Page([], after, last)
+        return Page([], after, last)
+
+    async def _anything(self, after: int) -> bool:
+        batch = await self._batch(seq=after + 1, batch=1, next_by_subj=self.shared.filters(ALL)[0])
+        return bool(batch.records)
+
+    async def _look_filtered(self, after: int, pattern: str, limit: int, bytes_max: int) -> Page:
+        _, before = self._placed(after, await self.state())
+        batch = await self._batch(seq=after + 1, batch=limit, max_bytes=bytes_max + SLACK, next_by_subj=pattern)
+        self._placed(after, await self.state())  # a trim between the two must not be passed over
+        if not batch.records:
+            return Page([], max(before, after), before)
+        page = _page(batch.records, max(before, batch.records[-1].sequence), bytes_max)
+        if batch.more == 0 and len(page.records) == len(batch.records):
+            return Page(page.records, max(before, page.scanned), page.last)
+        return page if page.last > page.scanned else Page(page.records, page.scanned, page.scanned + batch.more)
+
+    def _placed(self, after: int, info: js.StreamInfo) -> tuple[int, int]:
+        first, last = _bounds(info.state)
+        if after > last:
+            raise CursorAhead(after=after, last=last, stream=self.name)
+        if after + 1 < first:
+            raise SequenceExpired(after=after, first=first, stream=self.name)
+        return first, last
+
+    async def _scan(self, after: int, match: Callable[[str], bool], limit: int, bytes_max: int) -> Page:
+        """Read everything, keep what matches; a long stretch without a match ends as an empty page."""
+        out: list[Record] = []
+        size = seen = 0
+        while True:
+            page = await self._look_at_all(after, BATCH_MAX, BYTES_MAX)
+            for record in page.records:
+                seen += len(record.data) + SLACK
+                if match(record.subject):
+                    size += len(record.data)
+                    if out and size > bytes_max:
+                        return Page(out, after, page.last)
+                    out.append(record)
+                after = record.sequence
+                if len(out) >= limit:
+                    return Page(out, after, page.last)
+            after = page.scanned
+            if after >= page.last or seen >= SCAN_BYTES or (not page.records and out):
+                return Page(out, after, page.last)
+
+    async def _look_one_by_one(
+        self, after: int, match: Callable[[str], bool] | None, limit: int, bytes_max: int
+    ) -> Page:
+        """On a server without batches of direct gets: a tail stands in, which is an ordered consumer."""
+        info = await self.state()
+        _, last = self._placed(after, info)
+        if after >= last:
+            return Page([], after, last)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CALL_S
+        tail = self.shared.tails.get(ALL)
+        if tail is None or not tail.serves(after):
+            await self._follow(ALL, after)
+            tail = self.shared.tails[ALL]
+        while loop.time() < until and not tail.dead:
+            records, end = tail.take(after, limit, bytes_max)
+            if records:
+                self._placed(after, await self.state())
+                kept = [r for r in records if match is None or match(r.subject)]
+                return Page(kept, records[-1].sequence, max(last, end))
+            if tail.left == 0:
+                return Page([], last, last)  # only holes behind `after`
+            await tail.wait(after, until)
+        return Page([], after, last)
+
+    # --- positions ---
+
+    async def info(self) -> StreamInfo:
+        info = await self.state()
+        first, last = _bounds(info.state)
+        s = self.shared
+        return StreamInfo(
+            name=self.name, incarnation=self.incarnation, first=first, last=last, records=info.state.messages,
+            bytes=info.state.bytes, durability=s.durability, capabilities=self._broker.capabilities, config=s.config,
+            created_ns=time_ns(info.created.encode()) if info.created.endswith("Z") else 0,
+            size_bytes_max=self.size_bytes_max, warnings=s.warnings,
+        )  # fmt: skip
+
+    async def locate(self, time_ns: int) -> int:
+        info = await self.state()
+        first, last = _bounds(info.state)
+        if time_ns >= TIMES_NS[1] or first > last:
+            return last + 1
+        if time_ns <= 0:
+            return first
+        if self.shared.batched and self.shared.alone:
+            batch = await self._batch(batch=1, start_time=rfc3339(time_ns))
+            if not batch.records:
+                return (await self._last()) + 1
+            return batch.records[0].sequence
+        low, high = first, last + 1
+        while low < high:
+            middle = (low + high) // 2
+            got = await self._message(middle)
+            if got is None or got[1] >= time_ns:
+                high = middle
+            else:
+                low = got[0] + 1
+        return low
+
+    async def _last(self) -> int:
+        return _bounds((await self.state()).state)[1]
+
+    async def _message(self, sequence: int) -> tuple[int, int] | None:
+        """Sequence and time of the first message at or behind `sequence`, from the stream's leader."""
+        try:
+            got = await self._api.call(
+                f"STREAM.MSG.GET.{self.shared.raw}", {"seq": sequence, "next_by_subj": ">"}, js.Got
+            )
+        except ApiError as exc:
+            if exc.code == 404:
+                return None
+            raise translated(exc, f"stream {self.name}") from exc
+        return got.message.seq, time_ns(got.message.time.encode())
+
+    async def trim(self, *, before: int) -> int:
+        self._open()
+        check_position(before, "before")
+        last = await self._last()
+        if before > last + 1:
+            raise CursorAhead(after=before - 1, last=last, stream=self.name)
+        if before <= 1:
+            return 0
+        try:
+            done = await self._api.call(f"STREAM.PURGE.{self.shared.raw}", {"seq": before}, js.Purged)
+        except ApiError as exc:
+            raise translated(exc, f"stream {self.name}: trim") from exc
+        self._broker.wake(self.shared.raw)
+        return done.purged
+
+    async def verify(self) -> Verification:
+        self._open()
+        raise Unsupported("verify", self._broker.backend)
+
+    # --- consumers ---
+
+    async def consumer(self, name: str, config: ConsumerConfig | None = None, *, create: bool = True) -> NatsConsumer:
+        await self.check()
+        from mist_nats.consumer import open_consumer
+
+        return await open_consumer(self, name, config, create=create)
+
+    async def consumers(self) -> list[str]:
+        await self.check()
+        found: list[str] = []
+        while True:
+            try:
+                page = await self._api.call(f"CONSUMER.NAMES.{self.shared.raw}", {"offset": len(found)}, js.Names)
+            except ApiError as exc:
+                raise translated(exc, f"stream {self.name}: consumers") from exc
+            found += page.consumers or []
+            if not page.consumers or len(found) >= page.total:
+                return sorted(n for n in found if not n.startswith(TAIL))
+
+
+def _bounds(state: js.State) -> tuple[int, int]:
+    """First kept and last sequence; first is last + 1 when there is none."""
+    return (state.first_seq, state.last_seq) if state.messages else (state.last_seq + 1, state.last_seq)
+
+
+def _page(records: list[Record], last: int, bytes_max: int) -> Page:
+    """A page within its bytes: the server stops a little behind them."""
+    size = 0
+    for at, record in enumerate(records):
+        size += len(record.data)
+        if at and size > bytes_max:
+            records = records[:at]
+            break
+    return Page(records, records[-1].sequence, max(last, records[-1].sequence))
