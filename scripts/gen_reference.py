@@ -11,6 +11,7 @@ whether a declaration is true; the conformance suite does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import inspect
 import re
@@ -27,17 +28,35 @@ from mist import errors
 from mist.broker.base import Capabilities, Durability, StreamConfig, StreamInfo
 from mist.broker.registry import GROUP, connect
 from mist.errors import CODES, InvalidArgument, MistError
+from mist.kit.local import LocalServer, nats_server, redis_server
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- generated: backends -->", "<!-- end of generated -->"
 NOTE = "<!-- Written by scripts/gen_reference.py. Do not edit: change the code and run the script. -->"
 
-# How each broker of ours is opened here. One that needs a server is opened by the issue that brings it.
-OPENED = {"log": "log:{place}", "memory": "memory:"}
-SHOWN = {"log": "`log:DIR`", "memory": "`memory:`, `memory:NAME`"}
+# How each broker of ours is opened here; "" is a server that is started for it. Schemes that are other ways to the same
+# broker are left out.
+OPENED = {"log": "log:{place}", "memory": "memory:", "nats": "", "redis": ""}
+SAME = frozenset({"tls", "rediss", "redis+sentinel", "redis+cluster"})
+SHOWN = {
+    "log": "`log:DIR`",
+    "memory": "`memory:`, `memory:NAME`",
+    "nats": "`nats://`, `tls://`",
+    "redis": "`redis://`, `rediss://`, `redis+sentinel://`, `redis+cluster://`",
+}
 SAID = {
     "log": "Embedded. A directory on a local disk; no server. Linux, and macOS with polling.",
     "memory": "The reference, for tests and single programs. `memory:NAME` is shared within a process.",
+    "nats": (
+        "NATS JetStream, 2.9 or newer. Shown with `sync_interval: always`, as `mist dev nats` starts it; with the server's"
+        " own default the durability is `process`, on a cluster with replicas it is `replicated`."
+        " [How to use it](../how-to/use-nats.md)."
+    ),
+    "redis": (
+        "Redis Streams: Valkey, Redis 6.2 or newer. Shown with `appendfsync always`, as `mist dev redis` starts it; with"
+        " `everysec` the durability is `process`, with replicas that are waited for `replicated`."
+        " [How to use it](../how-to/use-redis.md)."
+    ),
 }
 SURVIVES = {
     "memory": "nothing: it ends with the process",
@@ -161,14 +180,28 @@ def errors_page() -> str:
 def installed() -> list[str]:
     """The schemes of the brokers that come with this distribution, sorted."""
     ours = {p.name for p in entry_points(group=GROUP) if p.dist is not None and p.dist.name == "mist-stack"}
-    return sorted(ours | set(OPENED))
+    return sorted((ours | set(OPENED)) - SAME)
 
 
-async def look(scheme: str, place: str) -> Backend:
-    """Open one broker and ask it what it is and which durabilities it gives."""
+@contextlib.contextmanager
+def opened(scheme: str, place: str) -> Iterator[str]:
+    """The URL of a broker to look at; a server is started where it takes one."""
     if scheme not in OPENED:
         raise InvalidArgument(f"scripts/gen_reference.py does not know how to open {scheme}:", hint="add it to OPENED")
-    async with connect(OPENED[scheme].format(place=place)) as broker:
+    if OPENED[scheme]:
+        yield OPENED[scheme].format(place=place)
+        return
+    server: LocalServer = nats_server(place) if scheme == "nats" else redis_server(place)
+    server.start()
+    try:
+        yield server.url
+    finally:
+        server.kill()
+
+
+async def look(scheme: str, url: str) -> Backend:
+    """Open one broker and ask it what it is and which durabilities it gives."""
+    async with connect(url) as broker:
         info = await (await broker.open("s")).info()
         given = []
         for level in get_args(Durability):
@@ -181,11 +214,12 @@ async def look(scheme: str, place: str) -> Backend:
 
 
 def backends() -> list[Backend]:
-    async def all_of_them() -> list[Backend]:
-        with tempfile.TemporaryDirectory() as place:
-            return [await look(scheme, f"{place}/{scheme}") for scheme in installed()]
-
-    return asyncio.run(all_of_them())
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        for scheme in installed():
+            with opened(scheme, f"{place}/{scheme}") as url:
+                found.append(asyncio.run(look(scheme, url)))
+    return found
 
 
 def yes(value: bool) -> str:
@@ -274,7 +308,7 @@ def backends_page(found: Sequence[Backend]) -> str:
         "",
     ]
     out += [f"- {SHOWN[b.scheme]}: {SAID[b.scheme]}" for b in found]
-    out += ["", "NATS JetStream and Redis Streams come with the next release.", "", "### Durability", ""]
+    out += ["", "### Durability", ""]
     out += ["It belongs to the stream and is set when the stream is made. No parameter of a URL weakens it.", ""]
     out += table(
         ["level", "an acknowledged record survives", *(f"`{b.scheme}:`" for b in found)],

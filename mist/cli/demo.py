@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -234,9 +235,9 @@ def _more(plan: Plan, run: str) -> Iterator[str]:
     from mist.protocol.url import redact
 
     if plan.server is not None:
-        yield f"mist dev {plan.server.name.partition('-')[0]} --dir {plan.server.directory} --port {plan.server.port}"
+        yield f"mist dev {plan.server.name.partition('-')[0]} --dir {plan.server.directory} --port {plan.server.port} &"
 
-    mist = f"mist -u {redact(plan.url)}"
+    mist = f"mist -u {shlex.quote(redact(plan.url))}"
     usual = parse_url(plan.url).scheme == "log" and plan.store == store_path(parse_url(plan.url), "tokentrace")
     store = "" if usual else f" --store {plan.store}"
     yield f"{mist} trace stats{store}"

@@ -128,7 +128,10 @@ class Session:
             self._stack.callback(stream.close)
             return None, stream
         if not name:
-            raise InvalidArgument(f"{url.redacted()}: which stream?", hint=f"write {url.redacted()}?stream=NAME")
+            shown = url.redacted()
+            raise InvalidArgument(
+                f"{shown}: which stream?", hint=f"write {shown}{'&' if url.query else '?'}stream=NAME"
+            )
         broker = await self.connect(url, create=create)
         try:
             opened = await broker.open(name, create=create)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from mist.cli.main import main
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.subject import subject_for
+from mist.testing.servers import MissingServer, run_nats, run_redis
 
 _names = itertools.count(1)
 ROOT = Path(__file__).parents[2]
@@ -86,10 +88,38 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
     return Cli(monkeypatch)
 
 
-@pytest.fixture(params=["memory", "log"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], str]]:
+    """`servers("nats")` is the URL of a server, started at the first call and empty at every call."""
+    with ExitStack() as stack:
+        urls: dict[str, str] = {}
+
+        async def empty(url: str) -> None:
+            async with mist.connect(url) as broker:
+                for name in await broker.streams():
+                    await broker.delete(name)
+
+        def give(kind: str) -> str:
+            if kind not in urls:
+                try:
+                    server = stack.enter_context(run_nats() if kind == "nats" else run_redis())
+                except MissingServer as exc:
+                    if os.environ.get("CI"):
+                        raise
+                    pytest.skip(str(exc))
+                urls[kind] = server.url
+            run(empty(urls[kind]))
+            return urls[kind]
+
+        yield give
+
+
+@pytest.fixture(params=["memory", "log", "nats", "redis"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str], str]) -> str:
     """A broker of its own for the test."""
-    return f"memory:cli-{os.getpid()}-{next(_names)}" if request.param == "memory" else f"log:{tmp_path / 'data'}"
+    if request.param == "memory":
+        return f"memory:cli-{os.getpid()}-{next(_names)}"
+    return f"log:{tmp_path / 'data'}" if request.param == "log" else servers(request.param)
 
 
 @pytest.fixture

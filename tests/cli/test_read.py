@@ -179,8 +179,9 @@ def test_an_empty_answer_explains_itself(cli: Cli, url: str) -> None:
 def test_a_stream_url_names_broker_and_stream(cli: Cli, url: str) -> None:
     """URL?stream=NAME works wherever a stream's name does; without a stream it says what to add."""
     fill(url, "s", 1)
-    assert sequences(cli.ok("tail", f"{url}?stream=s", "-o", "jsonl")) == [1]
-    assert "?stream=NAME" in cli("tail", url).err
+    separator = "&" if "?" in url else "?"
+    assert sequences(cli.ok("tail", f"{url}{separator}stream=s", "-o", "jsonl")) == [1]
+    assert f"{separator}stream=NAME" in cli("tail", url).err
 
 
 def test_save_cursor_and_go_on(cli: Cli, url: str) -> None:

@@ -1,8 +1,9 @@
 """Every code block and command of the documents runs, page by page, in an empty directory of its own.
 
 Fences marked `python` and `sh` run in order; what one block writes, the next ones of the page find. A fence that cannot run
-here says why in its first line: ```sh needs: a NATS server```. `<!-- setup: COMMAND -->` runs unseen. Other fences
-(text, json, toml, console output) are for reading only.
+here says why in its first line: ```sh needs: a Docker engine```. Those that say `needs: servers` run against a NATS and a
+Redis server started for them, in place of localhost:4222 and localhost:6379, behind the page's earlier blocks of their
+language. `<!-- setup: COMMAND -->` runs unseen. Other fences (text, json, toml, console output) are for reading only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from mist.testing.servers import run_nats, run_redis
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,8 +45,15 @@ def blocks(page: Path) -> Iterator[Block]:
             yield Block(line, m[1], m[2] or "", m[3])
 
 
+SERVERS = "needs: servers"
+
+
 def runnable(page: Path) -> list[Block]:
     return [b for b in blocks(page) if b.language in ("python", "sh") and not b.note.startswith("needs:")]
+
+
+def for_servers(page: Path) -> list[Block]:
+    return [b for b in blocks(page) if b.language in ("python", "sh") and b.note == SERVERS]
 
 
 @pytest.fixture
@@ -69,18 +79,37 @@ def test_every_block_of_the_page_runs(page: Path, place: dict[str, str], tmp_pat
     work = tmp_path / "work"
     work.mkdir()
     for block in runnable(page):
-        if block.language == "python":
-            argv = [sys.executable, "-W", "error", "-c", block.text]
-        else:
-            argv = ["bash", "-euo", "pipefail", "-c", block.text]
-        done = subprocess.run(
-            argv, cwd=work, env=place, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL
-        )
-        want = int(block.note.removeprefix("fails: ")) if block.note.startswith("fails:") else 0
-        assert done.returncode == want, (
-            f"{page.relative_to(ROOT)}:{block.line} ended with {done.returncode}, expected {want}\n"
-            f"{block.text}\n--- stdout\n{done.stdout[-3000:]}\n--- stderr\n{done.stderr[-3000:]}"
-        )
+        execute(page, block, block.text, work, place)
+
+
+def execute(page: Path, block: Block, text: str, work: Path, env: dict[str, str]) -> None:
+    """Run one block; it has to end as the page says."""
+    if block.language == "python":
+        argv = [sys.executable, "-W", "error", "-c", text]
+    else:
+        argv = ["bash", "-euo", "pipefail", "-c", text]
+    done = subprocess.run(argv, cwd=work, env=env, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL)
+    want = int(block.note.removeprefix("fails: ")) if block.note.startswith("fails:") else 0
+    assert done.returncode == want, (
+        f"{page.relative_to(ROOT)}:{block.line} ended with {done.returncode}, expected {want}\n"
+        f"{text}\n--- stdout\n{done.stdout[-3000:]}\n--- stderr\n{done.stderr[-3000:]}"
+    )
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if for_servers(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_block_about_servers_runs(page: Path, place: dict[str, str], tmp_path: Path) -> None:
+    """The blocks marked `needs: servers`, against real ones."""
+    work = tmp_path / "work"
+    work.mkdir()
+    with run_nats(own_process=True) as nats, run_redis(own_process=True) as redis:
+        for wanted in for_servers(page):
+            text = "".join(
+                b.text for b in blocks(page) if b.language == wanted.language == "python" and b.line < wanted.line
+            )
+            text += wanted.text
+            for usual, server in (("localhost:4222", nats), ("localhost:6379", redis)):
+                text = text.replace(usual, f"127.0.0.1:{server.port}")  # type: ignore[union-attr]
+            execute(page, wanted, text, work, place)
 
 
 def test_fences_name_their_language() -> None:
