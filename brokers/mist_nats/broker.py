@@ -9,7 +9,7 @@ import secrets
 import msgspec
 from msgspec.structs import replace
 
-from mist.broker.base import DEFAULTS, Broker, Capabilities, Durability, StreamConfig
+from mist.broker.base import DEFAULTS, Broker, Capabilities, Durability, Fact, StreamConfig
 from mist.broker.clock import SYSTEM, Clock
 from mist.errors import Closed, InvalidArgument, NotFound, TimedOut, Unavailable
 from mist.protocol.subject import check_stream
@@ -19,7 +19,7 @@ from mist_nats import wire
 from mist_nats.api import Api, ApiError, translated
 from mist_nats.checkpoints import NatsCheckpoints
 from mist_nats.consumer import Deliveries
-from mist_nats.durability import HOW, Sync, process_warning, sync_of
+from mist_nats.durability import HOW, Sync, process_warning, server_facts, sync_fact, sync_of
 from mist_nats.link import CALL_S, Link
 from mist_nats.names import FORMAT, META, META_CONFIG, META_INCARNATION, candidates, prefix, shown
 from mist_nats.publish import Window
@@ -310,6 +310,13 @@ class NatsBroker(Broker):
         finally:
             self.link.forget(token)
         return loop.time() - began
+
+    async def describe(self) -> list[Fact]:
+        self.check_open()
+        await self.ask_sync()
+        link = self.link
+        facts = server_facts(link.info, link.version, link.max_payload, self.options.replicas)
+        return [*facts, sync_fact(self.sync)]
 
     @property
     def checkpoints(self) -> NatsCheckpoints:

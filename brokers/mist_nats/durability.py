@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
+from mist.broker.base import RECORD_BYTES_MAX, Fact
+
 ASK_S = 2.0
 GUESS_S = 0.5
 """For an endpoint that nobody named: the usual port may belong to anything."""
@@ -86,3 +88,37 @@ def process_warning(sync: Sync) -> str:
     """What a stream of level `process` has to say."""
     why = f"{sync.warning}; " if sync.warning else ""
     return f"{why}a power cut may take what was acknowledged in the last sync_interval ({sync.interval_s:g} s): {HOW}"
+
+
+def sync_fact(sync: Sync) -> Fact:
+    """For `mist doctor`: when the server syncs, and who said so."""
+    said = "as the server says" if sync.asked else "as the URL says" if sync.always else "not asked"
+    if sync.always:
+        return Fact("sync", f"always, {said}", sync.warning)
+    return Fact("sync", f"every {sync.interval_s:g} s, {said}", process_warning(sync))
+
+
+def server_facts(info: dict[str, object], version: tuple[int, int], max_payload: int, replicas: int) -> list[Fact]:
+    """For `mist doctor`: from what the server said when it was connected to."""
+    cluster = f", cluster {info['cluster']}" if info.get("cluster") else ""
+    found = [name for name, since in FEATURES.items() if version >= since]
+    missing = [name for name, since in FEATURES.items() if version < since]
+    small = max_payload < RECORD_BYTES_MAX
+    return [
+        Fact("server", f"nats-server {info.get('version', '?')} ({info.get('server_name', '?')}{cluster})"),
+        Fact("features", ", ".join(found), f"without {', '.join(missing)}: a newer server" if missing else ""),
+        Fact(
+            "largest message", f"{max_payload:,} bytes",
+            f"records of {RECORD_BYTES_MAX:,} bytes are refused: set max_payload" if small else "",
+        ),
+        Fact("replicas of new streams", str(replicas or 1)),
+    ]  # fmt: skip
+
+
+FEATURES = {
+    "direct get": (2, 9),
+    "several filters": (2, 10),
+    "batched direct get": (2, 11),
+    "atomic batches": (2, 12),
+}
+"""What this adapter uses where it is there, and the release that brought it."""

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from mist.broker.base import DEFAULTS, Broker, Capabilities, StreamConfig
+from mist.broker.base import DEFAULTS, Broker, Capabilities, Fact, StreamConfig
 from mist.errors import Closed, Conflict, NotFound, TimedOut, Unsupported
 from mist.protocol.subject import check_stream
 from mist_redis import durability
@@ -186,6 +186,9 @@ class RedisBroker(Broker):
         except Lost as exc:
             raise TimedOut(f"ping: {exc}") from exc
         return time.perf_counter() - began
+
+    async def describe(self) -> list[Fact]:
+        return durability.described(await self.facts(""), self.link.settings)
 
     @property
     def checkpoints(self) -> RedisCheckpoints:

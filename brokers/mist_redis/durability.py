@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from mist.broker.base import Durability
+from mist.broker.base import Durability, Fact
 from mist.errors import InvalidArgument
 from mist_redis.resp import Command, ReplyError
 from mist_redis.url import Settings
@@ -21,6 +21,7 @@ QUESTIONS: tuple[Command, ...] = (
     *(("CONFIG", "GET", name) for name in _SETTINGS),
     ("INFO", "persistence"),
     ("INFO", "replication"),
+    ("INFO", "server"),
     ("COMMAND", "INFO", "WAITAOF"),
 )
 _ORDER: tuple[Durability, ...] = ("memory", "process", "power", "replicated")
@@ -39,6 +40,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     waitaof: bool = False
     hidden: bool = False
     """It did not let us see its settings."""
+    server: str = ""
+    """Product and version, where it says so."""
 
     @property
     def level(self) -> Durability:
@@ -57,8 +60,8 @@ def facts(replies: list[Any]) -> Facts:
             hidden = True
         else:
             config[reply[0].decode()] = reply[1].decode()
-    persistence, replication = (_lines(r) for r in replies[len(_SETTINGS) : len(_SETTINGS) + 2])
-    command = replies[len(_SETTINGS) + 2]
+    persistence, replication, server = (_lines(r) for r in replies[len(_SETTINGS) : len(_SETTINGS) + 3])
+    command = replies[len(_SETTINGS) + 3]
     known = isinstance(command, list) and bool(command) and bool(command[0])
     if "appendonly" in config:
         aof = config["appendonly"] == "yes"
@@ -68,6 +71,7 @@ def facts(replies: list[Any]) -> Facts:
         aof=aof, fsync=config.get("appendfsync", ""), saves=bool(config.get("save")),
         policy=config.get("maxmemory-policy", ""), replicas=int(replication.get("connected_slaves", "0")),
         replicas_min=int(config.get("min-replicas-to-write", "0")), waitaof=known and aof, hidden=hidden,
+        server=_version(server),
     )  # fmt: skip
 
 
@@ -76,6 +80,32 @@ def _lines(reply: Any) -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in reply.decode("utf-8", "replace").splitlines())
     return {k: v for k, _, v in pairs if v}
+
+
+def _version(lines: dict[str, str]) -> str:
+    if "valkey_version" in lines:
+        return f"valkey {lines['valkey_version']}"
+    return f"redis {lines.get('redis_version', '?')}"
+
+
+def described(found: Facts, settings: Settings) -> list[Fact]:
+    """For `mist doctor`."""
+    aof = f"yes, appendfsync {found.fsync or 'not shown'}" if found.aof else "no"
+    behind = found.replicas < found.replicas_min
+    loses = {"process": "a power cut may take the last second: appendfsync always, or durability=power where WAITAOF is",
+             "memory": "a restart loses what was not saved: appendonly yes"}  # fmt: skip
+    hidden = "the server does not show its settings: allow `+config|get +info`"
+    evicts = "" if found.policy in ("", "noeviction") else "whole streams may be evicted: use noeviction"
+    return [
+        Fact("server", f"{found.server}, {settings.kind}"),
+        Fact("append-only file", aof, hidden if found.hidden else loses.get(found.level, "")),
+        Fact("eviction", found.policy or "not shown", evicts),
+        Fact(
+            "replicas", f"{found.replicas} connected, min-replicas-to-write {found.replicas_min}",
+            "fewer than it wants: it refuses writes" if behind else "",
+        ),
+        Fact("WAITAOF", "there" if found.waitaof else "not there"),
+    ]  # fmt: skip
 
 
 def default(found: Facts, settings: Settings) -> Durability:
