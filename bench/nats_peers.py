@@ -13,6 +13,7 @@ from typing import Any
 
 import nats
 from faststream.nats import JStream, NatsBroker
+from mist_nats import peers
 from nats.js.api import ConsumerConfig, RetentionPolicy, StreamConfig
 
 from mist.protocol import codec
@@ -31,21 +32,9 @@ async def remade(js: Any) -> None:
     await js.add_stream(StreamConfig(name=STREAM, subjects=[f"{STREAM}.>"], retention=RetentionPolicy.LIMITS))
 
 
-async def publish_async(url: str, bodies: list[bytes], *, window: int = 256) -> float:
-    """nats-py `publish_async`, at most `window` acknowledgements outstanding."""
-    nc = await nats.connect(plain(url))
-    try:
-        js = nc.jetstream(timeout=60, publish_async_max_pending=window)
-        await remade(js)
-        start = time.perf_counter()
-        for body in bodies:
-            await js.publish_async(SUBJECT, body)
-        await js.publish_async_completed()
-        took = time.perf_counter() - start
-        assert (await js.stream_info(STREAM)).state.messages == len(bodies)
-        return len(bodies) / took
-    finally:
-        await nc.close()
+async def publish_async(url: str, bodies: list[bytes]) -> float:
+    """nats-py `publish_async`, at most 256 acknowledgements outstanding."""
+    return len(bodies) / await peers.publish_async(url, bodies, 0)
 
 
 async def _faststream(url: str, bodies: list[bytes], at_once: int) -> float:
@@ -89,29 +78,9 @@ async def fill(url: str, bodies: list[bytes], count: int) -> None:
     await nc.close()
 
 
-async def fetch(url: str, count: int) -> float:
+async def fetch(url: str, bodies: list[bytes]) -> float:
     """nats-py pull consumer: `fetch(1000)`, decode, an ack each."""
-    decode = codec.decode
-    nc = await nats.connect(plain(url))
-    try:
-        js = nc.jetstream(timeout=60)
-        config = ConsumerConfig(max_ack_pending=100_000)
-        sub = await js.pull_subscribe(SUBJECT, durable="peer-fetch", stream=STREAM, config=config)
-        n = 0
-        start = time.perf_counter()
-        while n < count:
-            some = await sub.fetch(1000, timeout=10)
-            for m in some:
-                decode(m.data)
-                await m.ack()
-            n += len(some)
-        await nc.flush(30)
-        took = time.perf_counter() - start
-        await sub.unsubscribe()
-        await js.delete_consumer(STREAM, "peer-fetch")
-        return n / took
-    finally:
-        await nc.close()
+    return len(bodies) / await peers.fetch(url, bodies, 1000)
 
 
 async def faststream_push(url: str, count: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import redis.asyncio as redis
 from faststream.redis import RedisBroker, StreamSub
+from mist_redis import peers
 
 from mist.protocol import codec
 
@@ -19,22 +20,9 @@ STREAM, GROUP = "peer", "peer-group"
 STREAM_FASTSTREAM = "peer-faststream"
 
 
-async def pipeline(url: str, bodies: list[bytes], *, batch: int = 1000) -> float:
-    """redis-py: XADD in pipelines of `batch`, without ids and without a check."""
-    client = redis.Redis.from_url(url)
-    try:
-        await client.delete(STREAM)
-        start = time.perf_counter()
-        for i in range(0, len(bodies), batch):
-            async with client.pipeline(transaction=False) as pipe:
-                for body in bodies[i : i + batch]:
-                    pipe.xadd(STREAM, {"data": body})
-                await pipe.execute()
-        took = time.perf_counter() - start
-        assert await client.xlen(STREAM) == len(bodies)
-        return len(bodies) / took
-    finally:
-        await client.aclose()
+async def pipeline(url: str, bodies: list[bytes]) -> float:
+    """redis-py: XADD in pipelines of 1000, without ids and without a check."""
+    return len(bodies) / await peers.pipeline(url, bodies, 1000)
 
 
 async def faststream_each(url: str, bodies: list[bytes]) -> float:
@@ -51,8 +39,15 @@ async def faststream_each(url: str, bodies: list[bytes]) -> float:
 
 
 async def fill(url: str, bodies: list[bytes], count: int) -> None:
-    """The stream for redis-py."""
-    await pipeline(url, [bodies[i % len(bodies)] for i in range(count)])
+    """The stream for redis-py's replay."""
+    client = redis.Redis.from_url(url)
+    await client.delete(STREAM)
+    for i in range(0, count, 1000):
+        async with client.pipeline(transaction=False) as pipe:
+            for j in range(i, min(i + 1000, count)):
+                pipe.xadd(STREAM, {"data": bodies[j % len(bodies)]})
+            await pipe.execute()
+    await client.aclose()
 
 
 async def fill_faststream(url: str, bodies: list[bytes], count: int) -> None:
@@ -68,26 +63,9 @@ async def fill_faststream(url: str, bodies: list[bytes], count: int) -> None:
     await broker.stop()
 
 
-async def group(url: str, count: int) -> float:
+async def group(url: str, bodies: list[bytes]) -> float:
     """redis-py: XREADGROUP of 1000, decode, one XACK of 1000."""
-    decode = codec.decode
-    client = redis.Redis.from_url(url, protocol=2)
-    try:
-        await client.xgroup_create(STREAM, GROUP, "0")
-        n = 0
-        start = time.perf_counter()
-        while n < count:
-            answer: Any = await client.xreadgroup(GROUP, "me", {STREAM: ">"}, count=1000)
-            entries = answer[0][1]
-            for _, fields in entries:
-                decode(fields[b"data"])
-            await client.xack(STREAM, GROUP, *[i for i, _ in entries])
-            n += len(entries)
-        took = time.perf_counter() - start
-        await client.xgroup_destroy(STREAM, GROUP)
-        return n / took
-    finally:
-        await client.aclose()
+    return len(bodies) / await peers.group(url, bodies, 1000)
 
 
 async def replay(url: str, count: int) -> float:

@@ -82,7 +82,7 @@ def nats_read(board: Board, n: int, scale: float, loop: str) -> None:
         got = rounds(
             {
                 "MIST fetch(1000), ack each": lambda: ours.consume(url, count, "worker"),
-                "nats-py fetch(1000), ack each": lambda: nats_peers.fetch(url, count),
+                "nats-py fetch(1000), ack each": lambda: nats_peers.fetch(url, bodies[:count]),
                 "FastStream push": lambda: nats_peers.faststream_push(url, count // 2),
             },
             n,
@@ -158,7 +158,7 @@ def redis_read(board: Board, n: int, scale: float, loop: str) -> None:
         got = rounds(
             {
                 "MIST fetch(1000), ack each": lambda: ours.consume(url, count, "worker"),
-                "redis-py XREADGROUP(1000) + XACK": lambda: redis_peers.group(url, count),
+                "redis-py XREADGROUP(1000) + XACK": lambda: redis_peers.group(url, (bodies * 2)[:count]),
                 "FastStream batch of 1000": lambda: redis_peers.faststream_batch(url, count // 5),
             },
             n,

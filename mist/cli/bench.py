@@ -1,19 +1,21 @@
 """`mist bench`: what this machine and this backend give, in records per second and in latency.
 
 It works on a stream of its own, `bench-<random>`, on the broker of -u, and deletes it afterwards. `--peers` runs what one
-might use instead, on a temporary file beside it, one round after the other. For the project's own gates see `make bench`.
+might use instead, one round after the other: on a temporary file beside a log, on the same server beside a server's
+broker (an adapter's module `peers`). For the project's own gates see `make bench`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import secrets
 import sqlite3
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -21,9 +23,10 @@ from typing import Annotated, Any
 import typer
 
 from mist.broker.base import ConsumerConfig, Message, Stream
+from mist.broker.registry import adapter
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
-from mist.errors import InvalidArgument
+from mist.errors import InvalidArgument, Unsupported
 from mist.protocol import codec
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN, TraceSpan
@@ -113,6 +116,7 @@ async def pub(count: Count = 100_000, batch: Batch = 1000, rounds: Rounds = 3, p
     seconds: list[float] = []
     waits: list[float] = []
     rivals: dict[str, list[float]] = {}
+    others = _peers(session, "PUBLISHING") if peers else {}
     async with _stream(session) as stream:
         with session.out.progress("appending", rounds) as progress:
             for i in range(rounds):
@@ -120,9 +124,8 @@ async def pub(count: Count = 100_000, batch: Batch = 1000, rounds: Rounds = 3, p
                 took, more = await _publish(stream, items, batch)
                 seconds.append(took)
                 waits += more
-                if peers:
-                    for name, run in _APPENDING.items():
-                        rivals.setdefault(name, []).append(await asyncio.to_thread(_timed, run, items, batch))
+                for name, rival in others.items():
+                    rivals.setdefault(name, []).append(await rival(items, batch))
                 progress.at(i + 1)
         durability = (await stream.info()).durability
     size = sum(len(m.data) for m in items)
@@ -132,11 +135,12 @@ async def pub(count: Count = 100_000, batch: Batch = 1000, rounds: Rounds = 3, p
 
 
 @app.command("sub")
-async def sub(count: Count = 100_000, batch: Batch = 1000, rounds: Rounds = 3) -> None:
+async def sub(count: Count = 100_000, batch: Batch = 1000, rounds: Rounds = 3, peers: Peers = False) -> None:
     """Replay with decode, then consume with acks; latency is per page or fetch.
 
     Examples:
       mist bench sub
+      mist bench sub -u nats://localhost:4222 --peers
       mist bench sub -n 1000000 --batch 256
     """
     session = current()
@@ -144,6 +148,8 @@ async def sub(count: Count = 100_000, batch: Batch = 1000, rounds: Rounds = 3) -
     read_waits: list[float] = []
     consumed: list[float] = []
     consumed_waits: list[float] = []
+    rivals: dict[str, list[float]] = {}
+    others = _peers(session, "CONSUMING") if peers else {}
     async with _stream(session) as stream:
         items = _messages(count)
         await _publish(stream, items, 1000)
@@ -162,17 +168,22 @@ async def sub(count: Count = 100_000, batch: Batch = 1000, rounds: Rounds = 3) -
                 start = before = time.perf_counter()
                 n = 0
                 while n < count:
-                    deliveries = await consumer.fetch(limit=batch)
+                    deliveries = await consumer.fetch(limit=batch, wait_s=5.0)
+                    for d in deliveries:
+                        codec.decode(d.record.data)
                     n += await consumer.ack(deliveries)
                     consumed_waits.append(time.perf_counter() - before)
                     before = time.perf_counter()
                 consumed.append(time.perf_counter() - start)
+                for name, rival in others.items():
+                    rivals.setdefault(name, []).append(await rival(items, batch))
                 progress.at(i + 1)
     size = sum(len(m.data) for m in items)
     session.out.rows(
         [
             _row(f"replay and decode, pages of {batch}", count, size, read, read_waits),
-            _row(f"consume and ack, fetches of {batch}", count, size, consumed, consumed_waits),
+            _row(f"consume, decode and ack, fetches of {batch}", count, size, consumed, consumed_waits),
+            *(_row(name, count, size, took) for name, took in rivals.items()),
         ],
         COLUMNS,
     )
@@ -193,8 +204,6 @@ async def e2e(
     waits: list[float] = []
     acks: list[float] = []
     async with _stream(session) as stream:
-        from mist.broker.registry import adapter
-
         other = await adapter(session.url.scheme)(session.url)
         async with other:
             follower = await other.open(stream.name, create=False)
@@ -259,6 +268,34 @@ async def codec_(count: Count = 100_000, rounds: Rounds = 5, peers: Peers = Fals
             case()
             seconds[name].append(time.perf_counter() - start)
     session.out.rows([_row(name, count, len(lines), took) for name, took in seconds.items()], COLUMNS)
+
+
+Rival = Callable[[list[Message], int], Awaitable[float]]
+
+
+def _peers(session: Session, kind: str) -> dict[str, Rival]:
+    """What else does this work, each giving its seconds. Raises Unsupported where we know nothing to compare with."""
+    url = session.url
+    if url.scheme in ("log", "memory"):
+        if kind != "PUBLISHING":
+            raise Unsupported(
+                "peers", url.scheme, hint="`mist bench pub --peers` has some; readers are in `make bench`"
+            )
+
+        def threaded(run: Callable[[Path, list[Message], int], None]) -> Rival:
+            return lambda items, batch: asyncio.to_thread(_timed, run, items, batch)
+
+        return {name: threaded(run) for name, run in _APPENDING.items()}
+    package = adapter(url.scheme).__module__.partition(".")[0]
+    try:
+        module = importlib.import_module(f"{package}.peers")
+    except ModuleNotFoundError as exc:
+        raise Unsupported("peers", url.scheme, hint="its adapter names nothing to compare with") from exc
+
+    def bound(run: Callable[[str, list[bytes], int], Awaitable[float]]) -> Rival:
+        return lambda items, batch: run(str(url), [m.data for m in items], batch)
+
+    return {name: bound(run) for name, run in getattr(module, kind).items()}
 
 
 def _timed(run: Callable[[Path, list[Message], int], None], items: list[Message], batch: int) -> float:

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
-from cli.conftest import Cli
 
+from cli.conftest import Cli
 from mist.testing.servers import run_nats, run_redis
 
 CASES = [
