@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed-$(shell { pwd; cat requirements.lock pyproject.toml;
 
 # What is checked: every source root and document that is there.
 SOURCES  := $(wildcard mist brokers tests bench scripts)
-TEXTS    := $(wildcard mist brokers tests bench scripts docs README.md CHANGELOG.md Makefile .ci)
+TEXTS    := $(wildcard mist brokers tests bench scripts compose Dockerfile docs README.md CHANGELOG.md Makefile .ci)
 ADAPTERS := $(notdir $(patsubst %/__init__.py,%,$(wildcard brokers/*/__init__.py)))
 
 .DEFAULT_GOAL := help
@@ -64,6 +64,9 @@ power-cut: $(STAMP)  ## what a power cut takes from every backend (root, loop de
 
 bench: $(STAMP)  ## speed, interleaved with the peers in the same run
 	@$(PY) -m bench $(ARGS)
+
+compose-test: $(STAMP)  ## compose/ for real, if a Docker engine answers (ARGS=--own-engine starts one as root)
+	@$(PY) scripts/compose_test.py $(ARGS)
 
 docs: $(STAMP)  ## check the documents: links, anchors, and every code block and command that runs
 	@$(PY) scripts/check_links.py

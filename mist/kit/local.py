@@ -222,15 +222,29 @@ def _stop_all() -> None:
         server.kill()
 
 
-def _ask(port: int, question: bytes, size: int = 65536) -> bytes:
+def _ask(host: str, port: int, question: bytes, size: int = 65536) -> bytes:
     """What a server answers to these bytes first; empty when it does not."""
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1.0) as s:
+        with socket.create_connection((host, port), timeout=1.0) as s:
             if question:
                 s.sendall(question)
             return s.recv(size)
     except OSError:
         return b""
+
+
+def nats_answers(port: int, monitor_port: int, *, host: str = "127.0.0.1", whole: bool = False) -> bool:
+    """Whether a NATS server takes connections and has recovered its streams; `whole`: and its cluster has a leader."""
+    # INFO comes before JetStream has recovered its streams; /healthz waits for that
+    request = b"GET /healthz%s HTTP/1.0\r\n\r\n" % (b"" if whole else b"?js-server-only=true")
+    return b" 200 " in _ask(host, monitor_port, request)[:20] and _ask(host, port, b"").startswith(b"INFO")
+
+
+def redis_answers(port: int, *, host: str = "127.0.0.1", password: str = "") -> bool:
+    """Whether a Redis server takes commands and has loaded its data."""
+    auth = f"AUTH {password}\r\n".encode() if password else b""
+    answer = _ask(host, port, auth + b"PING\r\n")
+    return b"+PONG" in answer or b"NOAUTH" in answer or b"+OK" in answer
 
 
 class NatsServer(LocalServer):
@@ -241,9 +255,7 @@ class NatsServer(LocalServer):
     """Whether `start` waits for the cluster (a leader of its meta data) too."""
 
     def answers(self) -> bool:
-        # INFO comes before JetStream has recovered its streams; /healthz waits for that
-        request = b"GET /healthz%s HTTP/1.0\r\n\r\n" % (b"" if self.whole else b"?js-server-only=true")
-        return b" 200 " in _ask(self.monitor_port, request)[:20] and _ask(self.port, b"").startswith(b"INFO")
+        return nats_answers(self.port, self.monitor_port, whole=self.whole)
 
 
 def nats_server(
@@ -285,9 +297,7 @@ class RedisServer(LocalServer):
     password = ""
 
     def answers(self) -> bool:
-        auth = f"AUTH {self.password}\r\n".encode() if self.password else b""
-        answer = _ask(self.port, auth + b"PING\r\n")
-        return b"+PONG" in answer or b"NOAUTH" in answer or b"+OK" in answer
+        return redis_answers(self.port, password=self.password)
 
 
 def redis_server(

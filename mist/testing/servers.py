@@ -15,14 +15,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from mist.errors import NotFound
-from mist.kit.local import LocalServer, NatsServer, RedisServer, free_port, nats_server, redis_server
+from mist.errors import NotFound, TimedOut
+from mist.kit.local import (
+    PAYLOAD_BYTES_MAX,
+    START_S,
+    LocalServer,
+    NatsServer,
+    RedisServer,
+    free_port,
+    nats_answers,
+    nats_server,
+    redis_answers,
+    redis_server,
+)
 
 __all__ = [
     "MissingServer",
@@ -35,8 +49,10 @@ __all__ = [
 
 NATS_URL = "MIST_TEST_NATS_URL"
 REDIS_URL = "MIST_TEST_REDIS_URL"
-NATS_IMAGE = os.environ.get("MIST_TEST_NATS_IMAGE", "nats:2-alpine")
-REDIS_IMAGE = os.environ.get("MIST_TEST_REDIS_IMAGE", "valkey/valkey:9-alpine")
+NATS_IMAGE = os.environ.get("MIST_TEST_NATS_IMAGE", "nats:2.15.0-alpine")
+REDIS_IMAGE = os.environ.get("MIST_TEST_REDIS_IMAGE", "valkey/valkey:9.1.1-alpine")
+"""The same as in compose/: an engine that has run that has them."""
+NATS_FILE = "/etc/nats/mist.conf"
 
 
 class MissingServer(NotFound):
@@ -80,7 +96,7 @@ def run_nats(
         if url := os.environ.get(NATS_URL):
             yield Running(url)
             return
-        with _container(NATS_IMAGE, 4222, ["-js", "-m", "8222"], "nats") as found:
+        with _nats_container() as found:
             if found is not None:
                 yield found
                 return
@@ -102,8 +118,7 @@ def run_redis(
         if url := os.environ.get(REDIS_URL):
             yield Running(url)
             return
-        with _container(REDIS_IMAGE, 6379, ["valkey-server", "--appendonly", "yes", "--appendfsync", "always"],
-                        "redis") as found:  # fmt: skip
+        with _redis_container() as found:
             if found is not None:
                 yield found
                 return
@@ -164,23 +179,77 @@ def run_redis_pair(*, flavour: str = "", appendfsync: str = "always") -> Iterato
 
 
 @contextmanager
-def _container(image: str, port: int, command: Sequence[str], scheme: str) -> Iterator[Running | None]:
-    """The server in a container, or None when no engine answers, the image is not there, or testcontainers is not."""
+def _nats_container() -> Iterator[Running | None]:
+    # no flag of nats-server sets the sync interval or the largest message
+    config = (
+        f"listen: 0.0.0.0:4222\nhttp: 0.0.0.0:8222\nmax_payload: {PAYLOAD_BYTES_MAX}\n"
+        f"max_pending: {8 * PAYLOAD_BYTES_MAX}\n"
+        'jetstream { store_dir: "/tmp/data", sync_interval: always }\n'
+    )
+    with _container(NATS_IMAGE, (4222, 8222), ["--config", NATS_FILE], {NATS_FILE: config.encode()}) as found:
+        if found is None:
+            yield None
+            return
+        container, host, (port, monitor) = found
+        _await(container, lambda: nats_answers(port, monitor, host=host))
+        yield Running(f"nats://{host}:{port}?monitor={monitor}")
+
+
+@contextmanager
+def _redis_container() -> Iterator[Running | None]:
+    command = [
+        "valkey-server", "--appendonly", "yes", "--appendfsync", "always", "--save", "",
+        "--maxmemory-policy", "noeviction", "--protected-mode", "no",
+    ]  # fmt: skip
+    with _container(REDIS_IMAGE, (6379,), command, {}) as found:
+        if found is None:
+            yield None
+            return
+        container, host, (port,) = found
+        _await(container, lambda: redis_answers(port, host=host))
+        yield Running(f"redis://{host}:{port}/0")
+
+
+@contextmanager
+def _container(
+    image: str, ports: Sequence[int], command: Sequence[str], files: Mapping[str, bytes]
+) -> Iterator[tuple[Any, str, list[int]] | None]:
+    """The started container, its host and its ports there; None when no engine answers, the image is not there, or
+    testcontainers is not."""
     if os.environ.get("MIST_TEST_DOCKER", "auto") == "off" or not _engine_has(image):
         yield None
         return
-    from testcontainers.core.container import DockerContainer
-
-    container = DockerContainer(image).with_command(list(command)).with_exposed_ports(port)
+    try:
+        from testcontainers.core.config import testcontainers_config
+        from testcontainers.core.container import DockerContainer
+    except ImportError:
+        yield None
+        return
+    if not _engine_has(testcontainers_config.ryuk_image):
+        testcontainers_config.ryuk_disabled = True  # it would be pulled; the block below removes what it started
+    container = DockerContainer(image).with_command(list(command)).with_exposed_ports(*ports)
+    for place, content in files.items():
+        container.with_copy_into_container(content, place)
     with container:
-        url = f"{scheme}://{container.get_container_host_ip()}:{container.get_exposed_port(port)}"
-        yield Running(url)
+        host = container.get_container_host_ip()
+        host = "127.0.0.1" if host == "localhost" else host
+        yield container, host, [container.get_exposed_port(port) for port in ports]
+
+
+def _await(container: Any, answers: Callable[[], bool]) -> None:
+    """Wait until the server answers. Raises TimedOut with the end of what the container said."""
+    until = time.monotonic() + START_S
+    while not answers():
+        if time.monotonic() > until:
+            said = b"".join(container.get_logs())[-400:].decode(errors="replace")
+            raise TimedOut(f"a container of {container.image} does not answer: {said}")
+        time.sleep(0.05)
 
 
 def _engine_has(image: str) -> bool:
     """Whether a Docker engine answers and holds this image already (nothing is ever pulled)."""
-    if not (os.environ.get("DOCKER_HOST") or Path("/var/run/docker.sock").exists()):
-        return False  # its client would leave a socket open on the way to the same answer
+    if not _somebody_listens():
+        return False
     try:
         import docker
     except ImportError:
@@ -195,4 +264,22 @@ def _engine_has(image: str) -> bool:
         return False
     finally:
         client.close()
+    return True
+
+
+def _somebody_listens() -> bool:
+    """Whether anything is at the engine's address: asked without the client, which leaves sockets open when not."""
+    scheme, _, place = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").partition("://")
+    if scheme not in ("unix", "tcp"):
+        return True
+    try:
+        if scheme == "unix":
+            with socket.socket(socket.AF_UNIX) as s:
+                s.settimeout(1.0)
+                s.connect(place)
+        else:
+            host, _, port = place.rstrip("/").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+    except (OSError, ValueError):
+        return False
     return True
