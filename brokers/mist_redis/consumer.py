@@ -38,7 +38,7 @@ from mist.broker.deadletter import bury, dead_letter
 from mist.errors import CursorAhead, InvalidArgument, MistError, NotFound, Unavailable
 from mist.protocol.subject import matcher
 from mist_redis.faults import translate
-from mist_redis.ids import runs
+from mist_redis.ids import OWN_MAX, runs
 from mist_redis.resp import Command, Lost, NotSent, ReplyError
 from mist_redis.scripts import run, whole
 
@@ -49,6 +49,8 @@ FETCH_MAX = 2000
 """Deliveries one request takes; a fetch gives no more."""
 WORTH = 32
 """Below so many records a request weighed by the largest is no shortcut."""
+SETTLE_MAX = 20_000
+"""Ids one request settles, unless one call brings more under one token."""
 COUNT_ENTRIES_MAX = 100_000
 """How far lag is counted entry by entry, where the server does not know it."""
 PENDING_PIECE = 1000
@@ -69,6 +71,15 @@ class _Token(NamedTuple):
     attempt: int
     moved: str
     seeks: str
+
+
+class _Group(NamedTuple):
+    """Deliveries that were given under one token, in order."""
+
+    seeks: str
+    moved: str
+    attempt: int
+    sequences: list[int]
 
 
 class RedisConsumer(Consumer):
@@ -285,11 +296,11 @@ class RedisConsumer(Consumer):
             for record, attempt in dead
         ]  # fmt: skip
         await bury(self._stream.broker, letters, stream=self.stream)
-        groups: dict[int, list[int]] = {}
+        by_attempt: dict[int, list[int]] = {}
         for record, attempt in dead:
-            groups.setdefault(attempt, []).append(record.sequence)
-        body = [(seeks, "", attempt, runs(sorted(s), own=self._stream.own)) for attempt, s in groups.items()]
-        await self._script("settle", "dead", _pack((0, 0, *body)), doing="settling dead letters")
+            by_attempt.setdefault(attempt, []).append(record.sequence)
+        groups = [_Group(seeks, "", attempt, sorted(s)) for attempt, s in by_attempt.items()]
+        await self._run_settle("dead", groups, 0)
 
     # --- settling ---
 
@@ -301,41 +312,65 @@ class RedisConsumer(Consumer):
             return None
         return _Token(int(attempt), moved, seeks)
 
-    def _groups(self, deliveries: Sequence[Delivery]) -> list[tuple[str, str, int, list[int]]]:
-        """Deliveries by token, as settle.lua takes them; tokens of others and made-up ones are left out."""
-        tokens = {d.token for d in deliveries}
-        if len(tokens) == 1:
+    def _groups(self, deliveries: Sequence[Delivery]) -> list[_Group]:
+        """Deliveries by token; tokens of others and made-up ones are left out."""
+        by_token: dict[str, set[int]]
+        if len({d.token for d in deliveries}) == 1:
             by_token = {deliveries[0].token: {d.record.sequence for d in deliveries}}
         else:
             by_token = {}
             for d in deliveries:
                 by_token.setdefault(d.token, set()).add(d.record.sequence)
-        out: list[tuple[str, str, int, list[int]]] = []
+        out: list[_Group] = []
         for text, sequences in by_token.items():
             token = self._token(text)
             if token is not None:
-                fine = sorted(s for s in sequences if 0 < s <= SEQUENCE_MAX)
+                fine = sorted(sequences)
+                if not (fine[0] > 0 and fine[-1] <= SEQUENCE_MAX):
+                    fine = [s for s in fine if 0 < s <= SEQUENCE_MAX]
                 if fine:
-                    out.append((token.seeks, token.moved, token.attempt, runs(fine, own=self._stream.own)))
+                    out.append(_Group(token.seeks, token.moved, token.attempt, fine))
         return out
 
     async def _settle(
         self, what: str, calls: Sequence[Sequence[Delivery]], *, delay_s: float = 0.0
     ) -> tuple[list[int], list[bytes]]:
         """How many of each call were still ours, and the ids that are now to be buried."""
-        groups: list[tuple[str, str, int, list[int]]] = []
+        groups: list[_Group] = []
         owners: list[int] = []
         for n, deliveries in enumerate(calls):
             mine = self._groups(deliveries) if deliveries else []
             groups += mine
             owners += [n] * len(mine)
         counts = [0] * len(calls)
-        delay = min(math.ceil(delay_s * 1000), 1 << 50)
-        body = _pack((self.config.attempts_max, delay, *groups))
-        _, found, dead = await self._script("settle", what, body, doing=what, repeat=False)
+        found, dead = await self._run_settle(what, groups, min(math.ceil(delay_s * 1000), 1 << 50))
         for owner, count in zip(owners, found, strict=False):
             counts[owner] += int(count)
         return counts, dead
+
+    async def _run_settle(self, what: str, groups: Sequence[_Group], delay_ms: int) -> tuple[list[int], list[bytes]]:
+        """settle.lua, in calls of SETTLE_MAX ids at most."""
+        counts: list[int] = []
+        dead: list[bytes] = []
+        at = 0
+        while True:
+            piece: list[_Group] = []
+            ids: list[str] = []
+            while at < len(groups) and (not piece or len(ids) + len(groups[at].sequences) <= SETTLE_MAX):
+                ids += self._ids(groups[at].sequences)
+                piece.append(groups[at])
+                at += 1
+            body = _pack((self.config.attempts_max, delay_ms, *[(*g[:3], len(g.sequences)) for g in piece]))
+            _, found, died = await self._script("settle", what, body, *ids, doing=what, repeat=False)
+            counts += found
+            dead += died
+            if at >= len(groups):
+                return counts, dead
+
+    def _ids(self, sequences: Sequence[int]) -> list[str]:
+        if self._stream.own and sequences[-1] < OWN_MAX:
+            return [f"0-{s}" for s in sequences]
+        return [self._stream.id(s) for s in sequences]
 
     async def ack(self, deliveries: Sequence[Delivery]) -> int:
         return await self._joined("ack", deliveries)

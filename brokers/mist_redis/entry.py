@@ -39,13 +39,12 @@ def foreign_subject(name: str) -> str:
     return token if len(token) <= SUBJECT_CHARS_MAX else FOREIGN
 
 
-def subject_of(raw: bytes) -> str:
-    found = _plain.get(raw)
-    if found is None:
-        found = raw.decode("utf-8", "replace")
-        if len(_plain) >= _PLAIN_MAX:
-            _plain.clear()
-        _plain[raw] = found
+def _decoded(raw: bytes) -> str:
+    """A subject, remembered."""
+    found = raw.decode()
+    if len(_plain) >= _PLAIN_MAX:
+        _plain.clear()
+    _plain[raw] = found
     return found
 
 
@@ -57,15 +56,26 @@ def records(entries: Sequence[Entry], *, own: bool, subject: str) -> list[Record
     for entry in entries:
         id, f = entry
         # the shape nearly every entry has, looked at without a dictionary
-        if own and len(f) == 8 and f[0] == b"subject" and f[4] == b"id" and f[6] == b"time" and id[:2] == b"0-":
-            text = known.get(f[1])
-            add(
-                Record(
-                    int(id[2:]), subject_of(f[1]) if text is None else text, f[3], int(f[7]) * 1_000_000, f[5].decode()
-                )
-            )
-        else:
-            add(record(entry, own=own, subject=subject))
+        if (
+            own
+            and len(f) == 8
+            and f[0] == b"subject"
+            and f[4] == b"id"
+            and f[6] == b"time"
+            and id[:2] == b"0-"
+            and len(id) < 17
+        ):
+            stamp = f[7]
+            if f[2] == b"data" and len(stamp) < 16 and stamp.isdigit():
+                try:
+                    text = known.get(f[1])
+                    if text is None:
+                        text = _decoded(f[1])
+                    add(Record(int(id[2:]), text, f[3], int(stamp) * 1_000_000, f[5].decode()))
+                    continue
+                except UnicodeDecodeError:
+                    pass  # not one of ours after all
+        add(record(entry, own=own, subject=subject))
     return out
 
 

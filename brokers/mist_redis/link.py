@@ -2,7 +2,7 @@
 
 redis-py opens connections (TLS, ACL users, SELECT, SETNAME), asks sentinels and keeps the map of a cluster; then its
 transport is handed to a Wire of ours. This module alone knows redis-py's internals: `Connection._writer` and `_reader`
-(tests/redis/test_pins.py names them). Promises: a redirected, refused or never sent command is sent again to the right
+(tests/redis_streams/test_pins.py names them). Promises: a redirected, refused or never sent command is sent again to the right
 server; one whose reply was lost is not, unless the caller says that it may be (`repeat`).
 """
 

@@ -32,6 +32,7 @@ TARGETS = {
     "lines": "tests.fuzz.lines",
     "msgpack": "tests.fuzz.msgpack",
     "position": "tests.fuzz.position",
+    "redis_entry": "tests.fuzz.redis_entry",
     "subject": "tests.fuzz.subject",
     "url": "tests.fuzz.url",
     "where": "tests.fuzz.where",
