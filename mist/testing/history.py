@@ -257,7 +257,7 @@ class _Call:
 class Checker:
     """Add the events of every process, then `check` once. `dense`: sequences have no gaps (log, memory). `retention`: the
     stream may let records go by itself. `remote`: there is a network between, so a call may time out, and a checkpoint
-    whose save failed that way may be stored. `forgets`: the server was killed and may have lost its last acks and
+    whose save failed that way may be stored; and a page with records may state the end as of when these were sent. `forgets`: the server was killed and may have lost its last acks and
     attempts, so a record may be delivered again after its ack; everything else still counts."""
 
     def __init__(
@@ -266,6 +266,7 @@ class Checker:
         self._dense = dense
         self._retention = retention
         self._forgets = forgets
+        self._remote = remote
         self._unsure = ("unavailable", "timeout") if remote else ()
         self._away = ("unavailable", "closed", *self._unsure)
         self._problems: list[Problem] = []
@@ -469,11 +470,15 @@ class Checker:
         for lane, calls in self._appends.items():
             for call in calls:
                 assert isinstance(call.asked, Append)
-                asked_first.setdefault((lane, call.asked.first), call.asked.start_ns)
+                for number in range(call.asked.first, call.asked.first + call.asked.count):
+                    # a call that was repeated with other messages behind the same first one may have stored it
+                    asked_first.setdefault((lane, number), call.asked.start_ns)
                 if isinstance(call.said, Appended) and call.said.sequences:
                     known.append((call.end_ns, max(f + n - 1 for f, n in call.said.sequences)))
         highest = _Highest(known)
         for page in self._reads:
+            if self._remote and page.records:
+                continue  # pushed: the end it states is as old as the records it brings
             if not page.error and page.last < (below := highest.before(page.start_ns)):
                 self._broken("stale", f"{page.reader}: the end was {page.last} after {below} had been acked or read")
         for (lane, number), start_ns in asked_first.items():

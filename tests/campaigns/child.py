@@ -31,6 +31,7 @@ from mist.testing.history import Recorder, Trim
 
 from . import recording as rec
 from .failpoints import FailingFiles, Failpoint
+from .sites import BACKENDS, lacking
 
 Args = dict[str, Any]
 T = TypeVar("T")
@@ -91,6 +92,9 @@ def stopping() -> asyncio.Event:
 
 async def pause(seconds: float) -> None:
     """Sleep, or less when asked to end."""
+    if seconds <= 0:
+        await asyncio.sleep(0)
+        return
     try:
         async with asyncio.timeout(seconds):
             await stopping().wait()
@@ -185,7 +189,7 @@ async def saver(args: Args) -> None:
             )  # fmt: skip
             if error == "checkpoint_regression" or rng.random() < 0.1:
                 at[name] = max(at[name], await rec.load(recorder, broker.checkpoints, stream.name, name))
-            await asyncio.sleep(0)
+            await pause(0.02 if error in AGAIN else args.get("pause_ms", 0) / 1000)
 
 
 async def worker(args: Args) -> None:
@@ -354,6 +358,8 @@ def _fork(request: Args) -> int:
 def helper() -> None:
     """Forks a role per line of input and reaps on request; ends with its input."""
     die_with_parent()
+    for backend in BACKENDS:
+        lacking(backend)  # imports the adapter where it is installed
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)

@@ -108,7 +108,8 @@ class Nursery:
         self.folder = folder
         self._count = 0
         self._children: list[Child] = []
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1"}
         self._helper = subprocess.Popen(
             [sys.executable, "-m", "tests.campaigns.child", "helper"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT, text=True,

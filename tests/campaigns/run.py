@@ -22,6 +22,7 @@ from typing import Any
 
 from .campaign import Campaign
 from .registry import BY_ID, CAMPAIGNS
+from .sites import lacking
 
 ROOT = Path(__file__).resolve().parents[2]
 _SAY_EVERY_S = 10.0
@@ -179,6 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no campaign {', '.join(unknown)}; there are {', '.join(BY_ID)}")
     chosen = [c for c in CAMPAIGNS if not args.only or c.id in args.only.split(",")]
+    for c in [c for c in chosen if any(map(lacking, c.needs))]:
+        print(f"{c.id}: not run: {'; '.join(filter(None, map(lacking, c.needs)))}")
+        chosen.remove(c)
+    if not chosen:
+        return 1
     state = State(args.state)
     if args.table:
         print(table(chosen, state))

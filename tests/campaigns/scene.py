@@ -116,6 +116,21 @@ class Scene:
         trial.judge(checker)
         return records, letters
 
+    def read(self) -> None:
+        """Read everything twice, recorded, and judge nothing."""
+
+        async def look() -> None:
+            recorder = Recorder(self.folder / "end.jsonl")
+            try:
+                async with asyncio.timeout(300), connect(self.site.url) as broker:
+                    stream = await broker.open("s", create=False)
+                    await rec.read_all(recorder, stream, "end")
+                    await rec.read_all(recorder, stream, "again", limit=777)
+            finally:
+                recorder.close()
+
+        asyncio.run(look())
+
     def effects(self, sink: Path) -> list[int]:
         """The sequences in a sink."""
         with closing(sqlite3.connect(sink)) as db:

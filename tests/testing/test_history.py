@@ -280,8 +280,29 @@ def test_across_a_network_calls_may_time_out() -> None:
     ]
     assert judged(events, remote=True) == set()
     assert judged(events) == {"page", "missed", "checkpoint"}
+    late = h.Read(start_ns=60, end_ns=70, reader="r", after=0, scanned=1, last=1, records=[(1, "a", 1, 1)])
+    empty = h.Read(start_ns=60, end_ns=70, reader="r", after=1, scanned=1, last=1)
+    assert judged([late]) == {"stale"}
+    assert judged([late], remote=True) == set()
+    assert judged([empty], remote=True) == {"stale"}
     stored = [*appended("b", 1, [], 30, error="timeout"), final([(1, "a", 1, 2), (3, "b", 1, 1)], last=3, at=20_000)]
     assert "phantom" in judged(stored, remote=True)
+
+
+def test_a_message_may_be_stored_by_the_first_call_that_held_it() -> None:
+    """A call of unknown fate, repeated and then asked for in smaller calls: its second message is as old as the first."""
+    events: list[AnyEvent] = [
+        h.Append(start_ns=10, lane="a", first=1, count=2),
+        h.Appended(start_ns=10, end_ns=15, lane="a", first=1, count=2, error="ambiguous"),
+        *appended("a", 1, [], 20, error="unavailable"),
+        *appended("a", 1, [1], 30),
+        *appended("b", 1, [3], 40),
+        *appended("a", 2, [2], 50),
+        final([(1, "a", 1, 2), (3, "b", 1, 1)], last=3),
+    ]
+    assert verdict(events).ok
+    late = [*appended("a", 1, [1], 10), *appended("b", 1, [3], 40), *appended("a", 2, [2], 50), events[-1]]
+    assert broken(verdict(late)) == {"time"}
 
 
 def test_a_server_that_forgets_may_deliver_again_and_nothing_else() -> None:
