@@ -86,8 +86,11 @@ class Scan:
     async def pages(self) -> AsyncIterator[list[View]]:
         """Non-empty pages of matching records, until the end of the range."""
         end = self._to
+        info = await self._stream.info()
+        if not info.capabilities.read:
+            await self._stream.read()  # refuses, and says where to read instead
         if not self._follow:
-            last = (await self._stream.info()).last
+            last = info.last
             end = last if end is None else min(end, last)
         while end is None or self.position < end:
             room = PAGE if self._limit is None else self._limit - self.matched
