@@ -32,6 +32,10 @@ PAGE = 1000
 LOOK_EVERY_S = 0.5
 SAVE_EVERY_S = 0.5
 TRIM_EVERY_S = 1.0
+KEEP_RECORDS = 10_000
+KEEP_BYTES = 64 * 1024 * 1024
+"""Forwarded records stay that long, while the spool is small: their ids tell a publisher's repeat after a restart,
+whatever the broker behind still knows."""
 SPOOL = "spool"
 _BACKOFF = Backoff(first_s=0.1, most_s=5.0)
 _DEAD = f"--{DEAD}"
@@ -189,11 +193,16 @@ class Forwarder:
                 next_save = now + SAVE_EVERY_S
             self.positions[name] = position
             if saved > trimmed and now >= next_trim:
-                await source.trim(before=saved + 1)
-                trimmed, next_trim = saved, now + TRIM_EVERY_S
+                before = saved + 1
+                if (await source.info()).bytes < KEEP_BYTES:
+                    before -= KEEP_RECORDS
+                if before > trimmed + 1:
+                    await source.trim(before=before)
+                trimmed, next_trim = max(trimmed, before - 1), now + TRIM_EVERY_S
             if self._stopping:
                 return
-            due = [t - now for t, wanted in ((next_save, position != saved), (next_trim, saved > trimmed)) if wanted]
+            late = saved > trimmed + KEEP_RECORDS
+            due = [t - now for t, wanted in ((next_save, position != saved), (next_trim, late)) if wanted]
             try:
                 page = await source.read(after=position, limit=PAGE, wait_s=max(0.0, min(due, default=30.0)))
             except SequenceExpired as exc:

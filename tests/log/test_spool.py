@@ -26,6 +26,7 @@ from mist.errors import Closed, Conflict, InvalidArgument, NotFound, StorageFull
 from mist.log.files import Files
 from mist.log.spool import SpoolBroker, SpoolInfo
 from mist.log.spooldir import directory
+from mist.protocol.codec import decode
 from mist.protocol.url import parse_url
 from mist.testing.conformance import BrokerConformance
 from mist.transport import dial
@@ -390,7 +391,7 @@ def test_everything_that_publishes_works_over_it(url: str, world: shaky.World) -
             assert client.emit(client.envelope("a.b", {"n": n}))
         client.flush()
     records = run(behind(world, "c"))
-    assert [mist.decode(r.data).data()["n"] for r in records] == list(range(1, 60))
+    assert [decode(r.data).data()["n"] for r in records] == list(range(1, 60))
 
 
 _PUBLISHER = """
@@ -437,6 +438,9 @@ def test_killed_publishers_lose_and_double_nothing(tmp_path: Path, window: bool)
 
     children = [start(0), start(1)]
     try:
+        while not all(h.exists() and h.stat().st_size for h in histories):
+            assert all(c.poll() is None for c in children)
+            time.sleep(0.01)
         for _ in range(12):
             time.sleep(rng.uniform(0.2, 0.5))
             lane = rng.randrange(2)
@@ -462,6 +466,7 @@ def test_killed_publishers_lose_and_double_nothing(tmp_path: Path, window: bool)
     ids = [r.id for r in records]
     assert len(ids) == len(set(ids)), "doubled"
     for lane, history in enumerate(histories):
+        assert history.exists(), "nothing was acknowledged"
         acked = [int(n) for n in history.read_bytes().split(b"\n")[:-1]]
         stored = [int(i.partition("-")[2]) for i in ids if i.startswith(f"{lane}-")]
         assert stored == sorted(stored), "out of order"
