@@ -40,7 +40,7 @@ async def status() -> None:
     spool; dropped: lost before they were sent (spool_full=drop_oldest, damage). Nothing is forwarded by looking.
 
     Examples:
-      mist -u spool+nats://localhost:4222 spool status
+      mist spool status -u spool+nats://localhost:4222
       mist -u 'spool+redis://localhost/0?spool=./spool' spool status --format json
     """
     session = current()

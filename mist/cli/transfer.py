@@ -403,13 +403,13 @@ async def reach(session: Session, name: str, call: Callable[[], Awaitable[T]]) -
     return await again(call, away_s_max=wait_s, on_retry=tell)
 
 
-async def open_source(session: Session, text: str) -> tuple[Broker | None, Stream]:
-    """The source: waited for when it goes away, and refusing what is no record (a file's bad lines must not become
-    records of a stream)."""
+async def open_source(session: Session, text: str, *, strict: bool = True) -> tuple[Broker | None, Stream]:
+    """The source: waited for when it goes away, and with `strict` refusing what is no record (a file's bad lines must not
+    become records of a stream)."""
     name = redact(session.target(text)[0].without_query())
     broker, stream = await reach(session, name, lambda: session.locate(text))
     if isinstance(stream, FileStream):
-        stream.strict = True
+        stream.strict = strict
         return broker, stream
     return broker, Steady(stream, patience(session, name))
 
