@@ -44,6 +44,8 @@ class MistConfig(Struct, frozen=True, kw_only=True):
     verbose: bool = False
     pager: bool = True
     """Page a table that is taller than the terminal."""
+    spool: str = ""
+    """Where the spools of spool+URL lie when the URL does not say; empty = the user's state directory."""
 
 
 class Layer(Struct, frozen=True):
@@ -248,4 +250,5 @@ TEMPLATE = """\
 # quiet = false           # values and errors only; MIST_QUIET, -q
 # verbose = false         # more on stderr; MIST_VERBOSE, -v
 # pager = true            # page a table taller than the terminal; MIST_PAGER
+# spool = ""              # folder for the spools of spool+URL; empty = the user's state directory; MIST_SPOOL
 """

@@ -93,6 +93,8 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     """Several processes may append, read, consume and checkpoint at once."""
     threads: bool = False
     """Several event loops in threads of one process may connect to the same data."""
+    read: bool = True
+    """Undeclared: its streams are for publishing only (a spool); `read` refuses, and so does all that reads."""
     append: bool = True
     conditional_append: bool = True
     """`expected_last` is honoured."""

@@ -74,6 +74,11 @@ class Places:
         found = await self._checkpoints.load(self._stream, name)
         return None if found is None else _unpack(found)
 
+    async def saved_ns(self, name: str) -> int:
+        """When it was saved; 0 = never."""
+        found = await self._checkpoints.load(self._stream, name)
+        return 0 if found is None else found.time_ns
+
     async def save(self, name: str, place: Place) -> None:
         text = f"{place.at}:{len(place.target)}:{place.target}{place.incarnation}"
         row = Checkpoint(stream=self._stream, name=name, incarnation=text, sequence=place.sequence)
@@ -155,20 +160,23 @@ class Feed:
         self._conditional = False
         self._begun = False
 
-    async def begin(self, place: Place | None = None, *, ids_suffice: bool = False) -> None:
+    async def begin(self, place: Place | None = None, *, idle_s: float | None = None) -> None:
         """Look at the stream, once, before the first `put`. `place` is where a former life stood: what lies behind it
-        may be ours. `ids_suffice`: that life ended so lately that the stream still knows every id it sent, and
-        everything has one."""
+        may be ours. `idle_s`, where everything has an id, is the age of the place: nothing in doubt is older, so that a
+        stream that still knows these ids need not be looked through."""
         info = await self._patience(self.stream.info)
         config = info.config.or_defaults(DEFAULTS)
         can = info.capabilities
-        self._compares_ids = can.dedupe and bool(config.dedupe_window_s) and (config.dedupe_ids_max or 0) >= 2 * _PAGE
-        self.window_s = (config.dedupe_window_s or 0.0) if self._compares_ids else 0.0
-        """For how long the stream knows an id; 0 when it compares none."""
+        window_s, ids_max = config.dedupe_window_s or 0.0, config.dedupe_ids_max or 0
+        self._compares_ids = can.dedupe and window_s > 0 and ids_max >= 2 * _PAGE
         self._conditional = can.conditional_append
         self.last = self.at = info.last
         self._begun = True
-        if place is None or (ids_suffice and self._compares_ids):
+        if place is None:
+            return
+        known = idle_s is not None and idle_s < window_s / 2 and info.last - place.at <= ids_max // 2
+        if known and self._compares_ids and place.target == self.stream.incarnation:
+            self.at = place.at
             return
         self._former_life = True
         self.last = self.at = max(place.at if place.target == self.stream.incarnation else 0, info.first - 1)

@@ -25,6 +25,8 @@ _EXTRAS = {
     "redis+sentinel": "redis",
     "redis+cluster": "redis",
 }
+_SPOOL = "spool+"
+"""A log in front of any broker: `spool+nats://…` (mist.log.spool)."""
 _LIGHT = frozenset({"file", "http", "https", "stdio", "chan"})
 
 Adapter = Callable[..., Awaitable[Broker]]
@@ -35,6 +37,9 @@ def adapter(scheme: str) -> Adapter:
     if scheme in _BUILT_IN:
         module, _, name = _BUILT_IN[scheme].partition(":")
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    if scheme.startswith(_SPOOL):
+        adapter(scheme.removeprefix(_SPOOL))
+        return getattr(importlib.import_module("mist.log.spool"), "connect")  # type: ignore[no-any-return]  # noqa: B009
     if scheme in _LIGHT:
         raise InvalidArgument(
             f"{scheme}: is a transport, it keeps no streams", hint=f'use mist.transport.dial("{scheme}:…")'

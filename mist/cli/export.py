@@ -19,7 +19,7 @@ from mist.cli.records import View, document
 from mist.cli.render import seq
 from mist.cli.scan import Bounds, Scan, filter_of
 from mist.cli.session import current
-from mist.cli.transfer import source_url
+from mist.cli.transfer import open_source, source_url, span_of
 from mist.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
 from mist.protocol import codec
 
@@ -41,7 +41,7 @@ async def command(
 
     A line is the object of `mist tail --format jsonl`; bytes that cannot stand in a line are base64, so that `mist import`
     makes the same records again. With --envelopes a line is the envelope alone (headers and foreign records are left
-    out, exit 9). The file appears under its name when it is whole.
+    out, exit 9). The file appears under its name when it is whole. A broker that goes away is waited for.
 
     Examples:
       mist export trace trace.jsonl.gz
@@ -50,7 +50,7 @@ async def command(
     """
     session = current()
     filters, bounds = filter_of(wanted), Bounds(span)
-    broker, source = await session.locate(stream)
+    broker, source = await open_source(session, stream, strict=False)
     info = await source.info()
     checkpoints = broker.checkpoints if broker is not None else None
     after = await bounds.after(source, checkpoints, info)
@@ -85,7 +85,7 @@ async def command(
         scan.position = max(position, after)
         session.resume = f"resume with: mist export {stream} {file} --resume (and the same filters)"
         begun = scan.position
-        total = (info.last if to is None else min(to, info.last)) - begun
+        total = span_of(info, begun, to)
         try:
             with session.out.progress("exporting", total) as progress:
                 gaps = session.gaps
@@ -95,7 +95,7 @@ async def command(
                         if line is not None:
                             writer.line(view.record, line)
                     writer.at(scan.position, gaps)
-                    progress.at(scan.position - begun)
+                    progress.at(scan.matched)
             writer.at(scan.position, session.gaps)
         except BaseException:
             writer.stop(session.gaps)

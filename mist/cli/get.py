@@ -12,7 +12,7 @@ from mist.cli.filters import compile_filter, split_path
 from mist.cli.options import Select, StreamArg
 from mist.cli.records import View, as_row, document, selected
 from mist.cli.render import Output, escape, moment
-from mist.cli.scan import last_matching
+from mist.cli.scan import check_readable, last_matching
 from mist.cli.session import Session, current
 from mist.errors import CursorAhead, InvalidArgument, NotFound
 
@@ -43,6 +43,7 @@ async def command(
 
 async def _by_sequence(stream: Stream, which: str) -> View:
     info = await stream.info()
+    await check_readable(stream, info)
     if info.records == 0:
         raise NotFound(f"stream {stream.name} is empty")
     if which in ("first", "last"):

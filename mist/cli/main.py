@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dlq": ("mist.cli.dlq:app", "Dead letters: ls, show, retry, drop, export"),
     "copy": ("mist.cli.copy:command", "Copy a stream's records to another stream, resumable and verified"),
     "mirror": ("mist.cli.mirror:command", "Copy a stream continuously"),
+    "spool": ("mist.cli.spool:app", "A log in front of a broker: what waits in it, and forwarding it"),
     "export": ("mist.cli.export:command", "Write a stream to a file with a manifest"),
     "import": ("mist.cli.import_:command", "Read a file into a stream, ids kept"),
     "replay": ("mist.cli.replay:command", "Send a stream's records again, at their pace or faster"),

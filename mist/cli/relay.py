@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from mist.cli.options import Rate
 from mist.cli.pub import Pace
-from mist.cli.session import current
+from mist.cli.session import Session, current
+from mist.cli.transfer import patience, reach
 from mist.errors import EndOfStream, InvalidArgument, ProtocolError, TooLarge
-from mist.protocol.url import has_scheme, parse_url
+from mist.protocol.url import Url, has_scheme, parse_url
 
+if TYPE_CHECKING:
+    from mist.protocol.envelope import Envelope
+    from mist.transport import Transport
+
+T = TypeVar("T")
 PARTIAL = 9
 WAIT_S = 1.0
+
+
+def _waiting(session: Session, url: Url) -> Callable[[Callable[[], Awaitable[T]]], Awaitable[T]]:
+    """How to call what may be away: pipes and files do not come back."""
+    return _once if url.scheme in ("stdio", "file", "chan") else patience(session, url.redacted())
+
+
+async def _once(call: Callable[[], Awaitable[T]]) -> T:
+    return await call()
 
 
 async def command(
@@ -26,7 +43,9 @@ async def command(
     """Copy envelopes from one transport to another until the source ends or you stop it.
 
     Payloads go over byte for byte. A document that is no acceptable envelope is told on stderr and passed over (exit 9).
-    For streams, with positions and verification, there is `mist copy`.
+    A broker that goes away is waited for, --timeout bounds it. Where SRC names a consumer, an envelope is acknowledged
+    when DST has it, and the same command goes on; without one the position to go on from is printed when it is stopped.
+    For streams, with stored positions and verification, there is `mist copy`.
 
     Examples:
       mist relay file:./spans.jsonl http://localhost:8080/mist
@@ -39,18 +58,37 @@ async def command(
             raise InvalidArgument(f"{text}: not a URL", hint="for streams of one broker use `mist copy`")
     from mist.transport import dial
 
+    async def _dial(url: Url) -> Transport:
+        return await dial(url)
+
     source, target = parse_url(src), parse_url(dst)
+    receives, sends = (_waiting(session, url) for url in (source, target))
     names = f"{source.redacted()} to {target.redacted()}"
     relayed = refused = 0
     pace = Pace(rate)
     session.out.detail(f"relaying {names}")
     try:
-        async with dial(source) as receiving, dial(target) as sending:
+        async with (
+            await reach(session, source.redacted(), lambda: _dial(source)) as receiving,
+            await reach(session, target.redacted(), lambda: _dial(target)) as sending,
+        ):
+
+            async def receive(limit: int) -> list[Envelope]:
+                return await receives(lambda: receiving.receive_many(limit, wait_s=WAIT_S))
+
+            def resume() -> str:
+                at = getattr(receiving, "position", None)
+                if source.get("consumer") or not isinstance(at, int):
+                    return "the same command goes on where this one stopped" if source.get("consumer") else ""
+                query = (*(kv for kv in source.query if kv[0] != "from"), ("from", f"+{at}"))
+                again = Url(source.scheme, source.target, query).redacted()
+                return f"resume with: mist relay {shlex.quote(again)} {shlex.quote(target.redacted())}"
+
             with session.out.progress("relaying", count or 0) as progress:
                 while count is None or relayed < count:
                     limit = batch if count is None else min(batch, count - relayed)
                     try:
-                        found = await receiving.receive_many(limit, wait_s=WAIT_S)
+                        found = await receive(limit)
                     except EndOfStream:
                         break
                     except (ProtocolError, TooLarge) as exc:
@@ -58,9 +96,12 @@ async def command(
                         refused += 1
                         continue
                     await pace.wait(len(found))
-                    await sending.send_many(found)
+                    # repeated with the same ids: a stream stores them once, others may get them again
+                    await sends(lambda found=found: sending.send_many(found))  # type: ignore[misc]
                     relayed += len(found)
                     progress.at(relayed)
+                    session.resume = resume()
+            session.resume = ""
     finally:
         if target.scheme != "stdio" and session.out.format != "table":
             session.out.item(

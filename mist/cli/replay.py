@@ -6,14 +6,15 @@ import asyncio
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mist.broker.base import Message, Record
+from mist.broker.base import Message, Record, Stream
 from mist.broker.clock import SYSTEM
+from mist.broker.feed import REFUSED, Feed
+from mist.broker.patience import Patience
 from mist.cli.emit import Emitter
 from mist.cli.options import Count, FilterOptions, OptionGroup, Select, StreamArg
 from mist.cli.position import END, after_of, last_of, parse_position, since_position
@@ -21,8 +22,9 @@ from mist.cli.records import View
 from mist.cli.render import seq
 from mist.cli.scan import PARTIAL, Scan, filter_of
 from mist.cli.session import STREAMLESS, Session, current
+from mist.cli.transfer import Refusals, open_source, patience, reach, span_of
 from mist.errors import InvalidArgument
-from mist.protocol.url import has_scheme, parse_url
+from mist.protocol.url import has_scheme, parse_url, redact
 
 if TYPE_CHECKING:
     from mist.transport import Transport
@@ -54,7 +56,8 @@ async def command(
     """Send a stream's records again from a position: to a transport, to another stream, or to standard output.
 
     Ids are kept: a stream that has seen one within its window does not store it again. The pace is that of the records'
-    times at the broker. --to names the destination; the range ends with --until.
+    times at the broker. --to names the destination; the range ends with --until. A broker that goes away is waited for,
+    --timeout bounds it; a destination stream gets nothing twice by that. Stopped, it says which --from goes on.
 
     Examples:
       mist replay trace --from @-1h --speed 10x --to http://localhost:8080/mist
@@ -63,7 +66,7 @@ async def command(
     """
     session = current()
     factor = _speed(replay.speed)
-    broker, source = await session.locate(stream)
+    broker, source = await open_source(session, stream)
     info = await source.info()
     checkpoints = broker.checkpoints if broker is not None else None
     now = SYSTEM.time_ns()
@@ -84,7 +87,7 @@ async def command(
     async with AsyncExitStack() as stack:
         destination = await _destination(session, replay.to, select, stack)
         session.resume = resume(after)
-        with session.out.progress("replaying", to - after) as progress:
+        with session.out.progress("replaying", span_of(info, after, to)) as progress:
             async for page in scan.pages():
                 at = 0
                 while at < len(page):
@@ -93,10 +96,10 @@ async def command(
                     sent += ready - at
                     at = ready
                     session.resume = resume(page[at - 1].record.sequence)
-                progress.at(scan.position - after)
+                progress.at(sent)
         session.resume = ""
     if destination.refused:
-        session.out.warn(f"{destination.refused} records are no envelopes and were not sent")
+        session.out.warn(f"{destination.refused} records {destination.why} and were not sent")
         session.fail_with(PARTIAL)
     if replay.to:
         if session.out.format == "table":
@@ -116,6 +119,7 @@ async def command(
 
 class _Destination:
     refused = 0
+    why = "are no envelopes"
 
     async def send(self, views: list[View]) -> None:
         raise NotImplementedError
@@ -130,21 +134,33 @@ class _Stdout(_Destination):
 
 
 class _Stream(_Destination):
-    def __init__(self, append: Callable[[list[Message]], Awaitable[list[int]]]) -> None:
-        self._append = append
+    why = "are not taken there"
+
+    def __init__(self, session: Session, stream: Stream, name: str) -> None:
+        refusals = Refusals(session, name)
+        self._sequences: dict[int, int] = {}
+        self._feed = Feed(
+            stream, patience(session, name), on_refused=lambda m, e: refusals(self._sequences.get(id(m), 0), e)
+        )
 
     async def send(self, views: list[View]) -> None:
-        await self._append([_message(v.record) for v in views])
+        messages = [_message(v.record) for v in views]
+        self._sequences = {id(m): v.record.sequence for m, v in zip(messages, views, strict=True)}
+        self.refused += (await self._feed.put(messages)).count(REFUSED)
 
 
 class _Wire(_Destination):
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, waits: Patience | None) -> None:
         self._transport = transport
+        self._waits = waits
 
     async def send(self, views: list[View]) -> None:
         envelopes = [v.envelope for v in views if v.envelope is not None]
         self.refused += len(views) - len(envelopes)
-        await self._transport.send_many(envelopes)
+        if self._waits is None:  # pipes and files do not come back
+            await self._transport.send_many(envelopes)
+        else:
+            await self._waits(lambda: self._transport.send_many(envelopes))
 
 
 def _message(record: Record) -> Message:
@@ -157,9 +173,12 @@ async def _destination(session: Session, to: str | None, select: str | None, sta
     if has_scheme(to) and (parse_url(to).scheme in STREAMLESS or parse_url(to).scheme == "file"):
         from mist.transport import dial
 
-        return _Wire(await stack.enter_async_context(dial(to)))
-    target = await session.stream(to, create=True)
-    return _Stream(target.append)
+        url = parse_url(to)
+        waits = patience(session, url.redacted()) if url.scheme in ("http", "https") else None
+        return _Wire(await stack.enter_async_context(dial(to)), waits)
+    name = redact(session.target(to)[0].without_query())
+    target = await reach(session, name, lambda: session.stream(to, create=True))
+    return _Stream(session, target, name)
 
 
 def _speed(text: str) -> float:

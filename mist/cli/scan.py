@@ -44,6 +44,7 @@ class Bounds:
             self.end = since_position(options.until, now_ns=now)
 
     async def after(self, stream: Stream, checkpoints: Checkpoints | None, info: StreamInfo) -> int:
+        await check_readable(stream, info)
         return await after_of(self.start or START, stream, checkpoints, info)
 
     async def to(self, stream: Stream, checkpoints: Checkpoints | None, info: StreamInfo) -> int | None:
@@ -86,8 +87,10 @@ class Scan:
     async def pages(self) -> AsyncIterator[list[View]]:
         """Non-empty pages of matching records, until the end of the range."""
         end = self._to
+        info = await self._stream.info()
+        await check_readable(self._stream, info)
         if not self._follow:
-            last = (await self._stream.info()).last
+            last = info.last
             end = last if end is None else min(end, last)
         while end is None or self.position < end:
             room = PAGE if self._limit is None else self._limit - self.matched
@@ -135,6 +138,12 @@ class Scan:
         return views, at if end is None else min(at, end)
 
 
+async def check_readable(stream: Stream, info: StreamInfo) -> None:
+    """A stream that is for publishing only is not an empty one. Raises its refusal, which says where to read."""
+    if not info.capabilities.read:
+        await stream.read()
+
+
 def report_damage(session: Session, exc: DataLoss) -> None:
     """Warn of a damaged range; the command ends with 9."""
     session.out.flush()
@@ -146,6 +155,7 @@ def report_damage(session: Session, exc: DataLoss) -> None:
 async def last_matching(session: Session, stream: Stream, wanted: Filter, count: int, *, to: int) -> list[View]:
     """The last `count` matching records up to `to`, found by reading back in growing steps."""
     info = await stream.info()
+    await check_readable(stream, info)
     to = min(to, info.last)
     dense = info.records == info.last - info.first + 1
     found: list[View] = []

@@ -75,7 +75,8 @@ class Session:
     async def connect(self, url: Url | None = None, *, create: bool = False) -> Broker:
         """The broker at `url` (default: ours). Raises NotFound when it would have to be made and `create` is off."""
         url = url or self.url
-        key = url.without_query()
+        spool = url.scheme.startswith("spool+")
+        key = str(url) if spool else url.without_query()
         broker = self._brokers.get(key)
         if broker is None:
             if url.scheme in STREAMLESS or url.scheme == "file":
@@ -86,8 +87,10 @@ class Session:
                     hint="publish something to make one, or name another with -u log:DIR",
                 )
             connect = adapter(url.scheme)
+            # who only looks at a spool neither makes it nor forwards
+            options = {"directory": self.config.spool, "create": create, "forward": create} if spool else {}
             try:
-                broker = await connect(url)
+                broker = await connect(url, **options)
             except OSError as exc:
                 raise Unavailable(f"cannot reach {url.redacted()}: {exc}", hint="see `mist doctor`") from exc
             self._brokers[key] = broker

@@ -54,7 +54,17 @@ def shape(info: StreamInfo) -> dict[str, Any]:
         "created_ns": info.created_ns,
         "size_bytes_max": info.size_bytes_max,
         "warnings": list(info.warnings),
+        **_spool(info),
     }
+
+
+def _spool(info: StreamInfo) -> dict[str, Any]:
+    """What the stream of a spool says more."""
+    from mist.log.spool import SpoolInfo
+
+    if not isinstance(info, SpoolInfo):
+        return {}
+    return {"destination": info.destination, "spool": msgspec.to_builtins(info.figures)}
 
 
 @app.command("ls")
@@ -109,10 +119,18 @@ async def info(stream: StreamArg) -> None:
                 "capabilities": " ".join(k for k, v in msgspec.to_builtins(found.capabilities).items() if v),
                 "config": " ".join(f"{k}={v}" for k, v in config.items()) or "-",
                 "record limit": f"{found.size_bytes_max} bytes",
+                **{
+                    "destination" if k == "destination" else "spool": v if isinstance(v, str) else _pairs(v)
+                    for k, v in _spool(found).items()
+                },
             }
         )
     for warning in found.warnings:
         out.warn(warning)
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return " ".join(f"{k}={round(v, 1) if isinstance(v, float) else v}" for k, v in values.items() if k != "stream")
 
 
 @app.command("create")

@@ -67,8 +67,11 @@ async def ingest(
     session = current()
     out = session.out
     rows = files.envelopes_of(Path(file), model=model, operation=operation, columns=_columns(column or []))
-    path = store_path(session.url, "tokentrace", store) if wait else None
     broker, opened = await session.reach(stream, create=True)
+    if wait and not broker.capabilities.read:
+        out.note(f"{broker.url} is for publishing only: its rows can be queried when a worker has read them behind it")
+        wait = False
+    path = store_path(session.url, "tokentrace", store) if wait else None
     with out.progress("publishing") as bar:
         published = await publish.publish(
             opened, rows, rate=rate, on_acked=lambda _e, sequences: bar.at(sequences[-1] if sequences else 0)

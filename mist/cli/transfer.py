@@ -11,7 +11,7 @@ While one page is stored the next is read, and the one before is read back from 
 what was stored, computed from the source's records and again from what the destination gives.
 
 A broker that goes away is waited for, with a line on stderr, for as long as --timeout lets it; one that is away at the
-start is waited for only with --timeout.
+start, for ten seconds or --timeout.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 from msgspec import Struct
 
+from mist.broker.again import again
 from mist.broker.base import Broker, Headers, Message, Record, Stream
 from mist.broker.feed import REFUSED, Feed, Place, Places
 from mist.broker.patience import Patience, Steady
@@ -36,7 +37,7 @@ from mist.cli.filestream import FileStream
 from mist.cli.records import View
 from mist.cli.render import Progress, seq
 from mist.cli.scan import PAGE, PARTIAL, Scan
-from mist.cli.session import Session
+from mist.cli.session import REACH_S, Session
 from mist.errors import Conflict, InvalidArgument, Malformed, MistError, SequenceExpired, WrongIncarnation
 from mist.protocol.envelope import Envelope
 from mist.protocol.url import Url, parse_url, redact
@@ -390,17 +391,25 @@ def patience(session: Session, name: str) -> Patience:
 
 
 async def reach(session: Session, name: str, call: Callable[[], Awaitable[T]]) -> T:
-    """What needs a connection at the start: waited for only where --timeout says for how long."""
-    return await (call() if session.timeout_s is None else patience(session, name)(call))
+    """What needs a connection at the start: waited for as long as --timeout says, or `REACH_S`, as a wrong URL is away too."""
+    said: list[str] = []
+
+    def tell(error: MistError) -> None:
+        if not said:
+            said.append(name)
+            session.out.note(f"{name}: {error.message}; trying again for up to {wait_s:g} s")
+
+    wait_s = session.timeout_s or REACH_S
+    return await again(call, away_s_max=wait_s, on_retry=tell)
 
 
-async def open_source(session: Session, text: str) -> tuple[Broker | None, Stream]:
-    """The source: waited for when it goes away, and refusing what is no record (a file's bad lines must not become
-    records of a stream)."""
+async def open_source(session: Session, text: str, *, strict: bool = True) -> tuple[Broker | None, Stream]:
+    """The source: waited for when it goes away, and with `strict` refusing what is no record (a file's bad lines must not
+    become records of a stream)."""
     name = redact(session.target(text)[0].without_query())
     broker, stream = await reach(session, name, lambda: session.locate(text))
     if isinstance(stream, FileStream):
-        stream.strict = True
+        stream.strict = strict
         return broker, stream
     return broker, Steady(stream, patience(session, name))
 

@@ -178,6 +178,11 @@ def records(url: str, stream: str) -> list[Any]:
     return with_broker(url, body)
 
 
+def content(url: str, stream: str) -> list[tuple[str, bytes, str, Any]]:
+    """What must be the same after a copy."""
+    return [(r.subject, r.data, r.id, r.headers) for r in records(url, stream)]
+
+
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Start `mist` as a process; whatever still runs at the end is stopped."""

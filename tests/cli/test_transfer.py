@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mist.broker.memory as memory
-from cli.conftest import Cli, envelope, fill, message, records, with_broker
+from cli.conftest import Cli, content, envelope, fill, message, records, with_broker
 from mist.broker.base import Message, Record, StreamConfig
 from mist.cli import transfer
 from mist.errors import DataLoss
@@ -31,10 +31,6 @@ MIXED = [
     Message("packed", encode_msgpack(envelope(51)), "id-51", (("Content-Type", "application/msgpack"),)),
     Message("elsewhere", encode(envelope(52)), "another-id"),
 ]
-
-
-def content(url: str, stream: str) -> list[tuple[str, bytes, str, Any]]:
-    return [(r.subject, r.data, r.id, r.headers) for r in records(url, stream)]
 
 
 @pytest.fixture
