@@ -13,10 +13,10 @@ from typing import Any
 
 import nats
 from faststream.nats import JStream, NatsBroker
-from mist_nats import peers
 from nats.js.api import ConsumerConfig, RetentionPolicy, StreamConfig
 
 from mist.protocol import codec
+from mist_nats import peers
 
 STREAM, SUBJECT = "peer", "peer.x"
 

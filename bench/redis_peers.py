@@ -12,9 +12,9 @@ from typing import Any
 
 import redis.asyncio as redis
 from faststream.redis import RedisBroker, StreamSub
-from mist_redis import peers
 
 from mist.protocol import codec
+from mist_redis import peers
 
 STREAM, GROUP = "peer", "peer-group"
 STREAM_FASTSTREAM = "peer-faststream"

@@ -190,11 +190,10 @@ def test_doctor(cli: Cli, url: str, home: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_doctor_prints_what_the_broker_says_of_its_backend(cli: Cli, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row for each fact; one with a warning says it, and is no failure."""
-    from mist_nats.broker import NatsBroker
-    from mist_redis.broker import RedisBroker
-
     from mist.broker.memory import MemoryBroker
     from mist.log.broker import LogBroker
+    from mist_nats.broker import NatsBroker
+    from mist_redis.broker import RedisBroker
 
     async def describe(self: object) -> list[Fact]:
         return [Fact("server", "test 1.0"), Fact("sync", "every 2 minutes", "set sync_interval: always")]
