@@ -32,7 +32,7 @@ from mist.broker.base import (
     check_read,
 )
 from mist.broker.deadletter import bury, dead_letter
-from mist.errors import Closed, Conflict, CursorAhead, InvalidArgument, NotFound, TimedOut, Unsupported
+from mist.errors import Closed, Conflict, CursorAhead, InvalidArgument, NotFound, TimedOut, Unavailable, Unsupported
 from mist.protocol.subject import check_name, dead_stream
 from mist_nats import api as js
 from mist_nats import wire
@@ -56,6 +56,8 @@ MISSED_S = 12.0
 QUIET_S = 0.25
 """How long a fetch that does not wait gives the server to say that there is nothing (it says nothing when the
 consumer's pending_max is reached)."""
+TRY_S = 1.0
+"""When acks without a confirmation are sent again."""
 GRACE_S = 0.005
 """How long a fetch that has something waits for the end of its answer."""
 BURIED = "attempts used up"
@@ -148,6 +150,8 @@ class Deliveries:
             record = Record(sequence, subjects(frame[0]), data, time_ns, id, headers)
             buffer.append(_Arrived(record, attempt, tail.decode(), received))
             count += 1
+            if self.leases.returned:
+                self.leases.returned.pop(sequence, None)
             if not self.leases.prefix:
                 self.leases.prefix = prefix.decode()
         if pull is not None and count:
@@ -264,18 +268,30 @@ class Deliveries:
         end = (prefix + last).encode()
         until = self._loop.time() + CALL_S
         while True:
+            now = self._loop.time()
             try:
-                frame = await self.link.request(lambda reply: body + wire.pub(end, what, reply), until)
+                frame = await self.link.request(
+                    lambda reply: body + wire.pub(end, what, reply), min(until, now + TRY_S)
+                )
             except Lost as exc:
                 if self.link.closed:
                     raise Closed("the broker is closed") from exc
                 continue  # acks may be repeated: the second one settles nothing
             except TimeoutError as exc:
+                if now + TRY_S < until:
+                    continue  # a server that has just started may have dropped it
                 raise TimedOut(f"consumer {self.name}: no confirmation within {CALL_S:g} s") from exc
-            if wire.status(frame[2]) == 503:
+            if not wire.status(frame[2]):
+                return
+            # nobody there: the consumer has no leader for a moment, or it is gone
+            try:
+                await self.api.call(f"CONSUMER.INFO.{self.shared.raw}.{self.name}", type=js.ConsumerInfo)
+            except ApiError as exc:
                 self.suspect()
-                raise NotFound(f"consumer {self.name} was deleted, or has no leader now")
-            return
+                raise NotFound(f"consumer {self.name} was deleted") from exc
+            if now + TRY_S >= until:
+                raise Unavailable(f"consumer {self.name}: the server takes no acks of it")
+            await asyncio.sleep(0.1)
 
 
 def _settle(done: asyncio.Future[None]) -> None:
@@ -439,6 +455,10 @@ class NatsConsumer(Consumer):
         spent = [d for d in ours if most and d.attempt >= most]
         again = [d for d in ours if not (most and d.attempt >= most)]
         what = b'-NAK {"delay": %d}' % int(min(delay_s, DELAY_S_MAX) * 1e9) if delay_s > 0 else NAK
+        if what is NAK:
+            self._state.leases.returned |= {
+                d.record.sequence: t for d, t in zip(again, self._tails(again), strict=True)
+            }
         await self._state.settle(self._tails(again), what)
         await self._bury([(d.record, d.attempt, t) for d, t in zip(spent, self._tails(spent), strict=True)], BURIED)
         return len(ours)

@@ -28,16 +28,17 @@ from mist.broker.base import (
     check_position,
     check_read,
 )
-from mist.errors import CursorAhead, InvalidArgument, NotFound, SequenceExpired, Unsupported
+from mist.errors import CursorAhead, InvalidArgument, NotFound, SequenceExpired, Unavailable, Unsupported
 from mist.protocol.subject import matcher
 from mist_nats import api as js
 from mist_nats.api import Api, ApiError, translated
 from mist_nats.direct import BATCH_MAX, SLACK, Batch, Request, Subjects, get
+from mist_nats.leases import returned_of
 from mist_nats.link import CALL_S
 from mist_nats.names import META_INCARNATION, TAIL, prefix
 from mist_nats.publish import Publisher
 from mist_nats.tail import Tail
-from mist_nats.wire import rfc3339, time_ns
+from mist_nats.wire import rfc3339, settle, time_ns
 
 if TYPE_CHECKING:
     from mist_nats.broker import NatsBroker
@@ -170,11 +171,15 @@ class NatsStream(Stream):
             check_position(expected_last, "expected_last")
         if not self.shared.ours:
             self._check_subjects(messages)
-        try:
-            return await self.shared.publisher.append(messages, expected_last)
-        except NotFound:
-            await self.state()
-            raise
+        for pause_s in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.0, None):
+            try:
+                return await self.shared.publisher.append(messages, expected_last)
+            except NotFound as exc:  # nobody took it, so nothing is stored: deleted, or a server that is not ready yet
+                await self.state()
+                if pause_s is None:
+                    raise Unavailable(f"stream {self.name}: the server takes no messages for it") from exc
+                await asyncio.sleep(pause_s)
+        raise AssertionError("unreachable")
 
     def _check_subjects(self, messages: Sequence[Message]) -> None:
         match = matcher(self.shared.info.config.subjects or ["$none"])
@@ -427,6 +432,9 @@ class NatsStream(Stream):
             done = await self._api.call(f"STREAM.PURGE.{self.shared.raw}", {"seq": before}, js.Purged)
         except ApiError as exc:
             raise translated(exc, f"stream {self.name}: trim") from exc
+        # A purge makes the server (2.15.1) forget what was given back and waits to be delivered: give it back again.
+        for ack_prefix, tails in returned_of(self.incarnation, before):
+            self._api.link.send(settle(ack_prefix, tails, b"-NAK"))
         self._broker.wake(self.shared.raw)
         return done.purged
 
