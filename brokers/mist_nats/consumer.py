@@ -14,7 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,7 +32,7 @@ from mist.broker.base import (
     check_read,
 )
 from mist.broker.deadletter import bury, dead_letter
-from mist.errors import Closed, Conflict, CursorAhead, InvalidArgument, NotFound, TimedOut, Unsupported
+from mist.errors import Closed, Conflict, CursorAhead, InvalidArgument, NotFound, TimedOut, Unavailable, Unsupported
 from mist.protocol.subject import check_name, dead_stream
 from mist_nats import api as js
 from mist_nats import wire
@@ -49,6 +49,12 @@ if TYPE_CHECKING:
 
 FETCH_MAX = 4096
 """Deliveries of one fetch."""
+AHEAD_MIN = 256
+AHEAD_AFTER = 3
+"""Reading ahead begins after this many full fetches in a row, of at least AHEAD_MIN deliveries each."""
+IDLE_S = 1.0
+"""What was read ahead and is not fetched goes back to the server after this, or a quarter of the ack wait."""
+ATTEMPTS_MAX = 2**62
 EXPIRES_S = 25.0
 """A waiting request is made anew after this."""
 BEAT_S = 5.0
@@ -56,6 +62,8 @@ MISSED_S = 12.0
 QUIET_S = 0.25
 """How long a fetch that does not wait gives the server to say that there is nothing (it says nothing when the
 consumer's pending_max is reached)."""
+TRY_S = 1.0
+"""When acks without a confirmation are sent again."""
 GRACE_S = 0.005
 """How long a fetch that has something waits for the end of its answer."""
 BURIED = "attempts used up"
@@ -66,19 +74,10 @@ GONE_S = 1.0
 """How long a consumer may be missing while another process makes it anew at another position (servers before 2.14)."""
 
 
-class _Arrived(msgspec.Struct, gc=False):
-    """One delivery as it came. `token` is its ack subject's tail."""
-
-    record: Record
-    attempt: int
-    tail: str
-    received: float
-
-
 class _Pull:
     """One request for deliveries."""
 
-    __slots__ = ("box", "done", "ended", "got", "heard", "wanted")
+    __slots__ = ("ahead", "box", "done", "ended", "got", "heard", "wanted")
 
     def __init__(self, box: Inbox, wanted: int, done: asyncio.Future[None], now: float) -> None:
         self.box = box
@@ -87,6 +86,7 @@ class _Pull:
         self.done = done
         self.ended = ""
         self.heard = now
+        self.ahead = False
 
 
 class Deliveries:
@@ -100,7 +100,12 @@ class Deliveries:
         self.identity = identity
         self.config = config
         self.leases: Leases = leases_of(f"{shared.incarnation}/{name}/{identity}")
-        self.buffer: deque[_Arrived] = deque()
+        self.buffer: deque[tuple[Delivery, float]] = deque()
+        """What came and is nobody's yet, each with the monotonic time of its arrival."""
+        self.spent = False
+        """Whether something in the buffer came once too often."""
+        self.streak = 0
+        self.ahead: _Pull | None = None
         self.deleted = False
         self.doubt = self.link.generation
         """As Shared.doubt."""
@@ -109,8 +114,9 @@ class Deliveries:
         self._pulls: set[_Pull] = set()
         self._loop = asyncio.get_running_loop()
         self._acks: list[tuple[bytes, list[str]]] = []
-        self._confirm: asyncio.Future[None] | None = None
+        self._confirm: asyncio.Future[bool] | None = None
         self.subject = self.api.subject(f"CONSUMER.MSG.NEXT.{shared.raw}.{name}")
+        self._aging: asyncio.TimerHandle | None = None
         self.link.on_lost.append(self.suspect)
 
     # --- life ---
@@ -131,35 +137,47 @@ class Deliveries:
 
     def arrived(self, frames: list[Frame], pull: _Pull | None) -> None:
         received = time.monotonic()
-        subjects = self.shared.subjects
-        buffer = self.buffer
-        parse, header = wire.ack_subject, read_header
-        count = 0
-        for frame in frames:
-            at = parse(frame[1])
+        leases, subjects, append = self.leases, self.shared.subjects, self.buffer.append
+        epoch, most = leases.epoch, self.config.attempts_max or ATTEMPTS_MAX
+        newest, count = self._newest, 0
+        for raw, reply, header, data in frames:
+            at = wire.delivery(reply)
             if at is None:
-                self._said(frame[2], pull)
+                self._said(header, pull)
                 continue
-            prefix, tail, attempt, sequence, number, time_ns, _ = at
-            if number <= self._newest:
+            prefix, tail, tried, sequence_, number_, time_ns = at.groups()
+            number, sequence, attempt = int(number_), int(sequence_), int(tried)
+            if number <= newest:
                 self._was_reset()
-            self._newest = number
-            id, headers, data = header(frame[2], frame[3])
-            record = Record(sequence, subjects(frame[0]), data, time_ns, id, headers)
-            buffer.append(_Arrived(record, attempt, tail.decode(), received))
+                epoch = leases.epoch
+            newest = number
+            if header:
+                id, headers, data = read_header(header, data)
+            else:
+                id, headers = "", ()
+            record = Record(sequence, subjects(raw), data, int(time_ns), id, headers)
+            append((Delivery(record, attempt, epoch + tail.decode()), received))
             count += 1
-            if not self.leases.prefix:
-                self.leases.prefix = prefix.decode()
-        if pull is not None and count:
-            pull.got += count
-            pull.heard = self._loop.time()
-            if pull.got >= pull.wanted:
-                pull.ended = "full"
-                _settle(pull.done)
-            elif not pull.ended and not pull.done.done():
-                self._loop.call_later(GRACE_S, _settle, pull.done)
-        elif count:
+            if attempt > 1:
+                leases.returned.pop(sequence, None)
+                if attempt > most:
+                    self.spent = True
+            if not leases.prefix:
+                leases.prefix = prefix.decode()
+        self._newest = newest
+        if not count:
+            return
+        self._age_later()
+        if pull is None:
             self.wake()
+            return
+        pull.got += count
+        pull.heard = self._loop.time()
+        if pull.got >= pull.wanted:
+            pull.ended = "full"
+            _settle(pull.done)
+        elif not pull.ended and not pull.ahead and not pull.done.done():
+            self._loop.call_later(GRACE_S, _settle, pull.done)
 
     def _said(self, header: bytes, pull: _Pull | None) -> None:
         code = wire.status(header)
@@ -173,6 +191,56 @@ class Deliveries:
         if code == 503 or (code == 409 and "MaxBytes" not in text):
             self.doubt = 0
         _settle(pull.done)
+
+    def _age_later(self) -> None:
+        if self._aging is None:
+            self._aging = self._loop.call_later(self._idle_s(), self._age)
+
+    def _idle_s(self) -> float:
+        return min(IDLE_S, self.config.ack_wait_s / 4)
+
+    def _age(self) -> None:
+        """Give back what nobody fetched for a while: another worker may want it."""
+        self._aging = None
+        if not self.buffer or self.deleted or not self.link.connected:
+            return
+        if time.monotonic() - self.buffer[-1][1] < self._idle_s():
+            self._age_later()
+            return
+        cut = len(self.leases.epoch)
+        tails = [d.token[cut:] for d, _ in self.buffer]
+        self.buffer.clear()
+        self.spent = False
+        self.streak = 0
+        self.link.send(wire.settle(self.leases.prefix, tails, NAK))
+
+    def read_ahead(self, limit: int, bytes_max: int) -> None:
+        """Ask for the next page while this one is worked on: only for a reader who took several full ones in a row."""
+        if self.ahead is not None or not self.link.connected:
+            return
+        pull = _Pull(self.link.inbox(), limit, self._loop.create_future(), self._loop.time())
+        pull.ahead = True
+        pull.box.handler = lambda frames: self.arrived(frames, pull)
+        self.ahead = pull
+        self._pulls.add(pull)
+        timer = self._loop.call_later(QUIET_S, _settle, pull.done)
+
+        def ended(_: object) -> None:
+            timer.cancel()
+            self._pulls.discard(pull)
+            self.ahead = None
+            self._end(pull)
+
+        pull.done.add_done_callback(ended)
+        request = {"batch": limit, "no_wait": True, "max_bytes": bytes_max}
+        self.link.send(wire.pub(self.subject, msgspec.json.encode(request), pull.box.subject))
+
+    def _end(self, pull: _Pull) -> None:
+        if pull.ended:
+            self.link.release(pull.box)
+        else:
+            # The server drops a request whose inbox nobody listens on. What it sent before still comes.
+            self.link.drop(pull.box, lambda frames: self.arrived(frames, None))
 
     def _was_reset(self) -> None:
         """The consumer's numbers began again: somebody made it seek."""
@@ -209,11 +277,7 @@ class Deliveries:
             if beat is not None:
                 beat.cancel()
             self._pulls.discard(pull)
-            if pull.ended:
-                link.release(pull.box)
-            else:
-                # The server drops a request whose inbox nobody listens on. What it sent before still comes.
-                link.drop(pull.box, lambda frames: self.arrived(frames, None))
+            self._end(pull)
         return pull.ended
 
     def _listen(self, pull: _Pull) -> None:
@@ -231,32 +295,45 @@ class Deliveries:
 
     # --- settling ---
 
-    async def settle(self, tails: list[str], what: bytes) -> None:
-        """Send and have it confirmed, with everything else of this loop turn. Raises Unavailable, TimedOut, Closed,
-        NotFound."""
+    async def settle(self, tails: list[str], what: bytes) -> bool:
+        """Send and have it confirmed, with everything else of this loop turn. False: the server forgot that it gave
+        them, they come again. Raises Unavailable, TimedOut, Closed, NotFound."""
         if not tails:
-            return
+            return True
         self._acks.append((what, tails))
         if self._confirm is None:
             self._confirm = self._loop.create_future()
             task = asyncio.ensure_future(self._flush(self._confirm))
             task.add_done_callback(_seen)
-        await asyncio.shield(self._confirm)
+        return await asyncio.shield(self._confirm)
 
-    async def _flush(self, confirm: asyncio.Future[None]) -> None:
+    async def _flush(self, confirm: asyncio.Future[bool]) -> None:
         confirm.add_done_callback(_seen)
         await asyncio.sleep(0)
         acks, self._acks, self._confirm = self._acks, [], None
         try:
-            await self._deliver(acks)
+            known = await self._deliver(acks)
         except BaseException as exc:
             if not confirm.done():
                 confirm.set_exception(exc)
         else:
             if not confirm.done():
-                confirm.set_result(None)
+                confirm.set_result(known)
 
-    async def _deliver(self, acks: list[tuple[bytes, list[str]]]) -> None:
+    async def _unknown(self, number: int) -> bool:
+        """Whether the server does not know of the delivery of that number any more: it was killed before it had
+        written it down, and gives the record again. It answers no ack of such a delivery."""
+        try:
+            info = await self.api.call(f"CONSUMER.INFO.{self.shared.raw}.{self.name}", type=js.ConsumerInfo)
+        except (ApiError, Unavailable, TimedOut):
+            return False  # not now: the next try tells
+        if info.delivered.consumer_seq >= number:
+            return False
+        self._was_reset()
+        self._newest = info.delivered.consumer_seq
+        return True
+
+    async def _deliver(self, acks: list[tuple[bytes, list[str]]]) -> bool:
         prefix = self.leases.prefix
         what, tails = acks[-1]
         last = tails[-1]
@@ -264,18 +341,32 @@ class Deliveries:
         end = (prefix + last).encode()
         until = self._loop.time() + CALL_S
         while True:
+            now = self._loop.time()
             try:
-                frame = await self.link.request(lambda reply: body + wire.pub(end, what, reply), until)
+                frame = await self.link.request(
+                    lambda reply: body + wire.pub(end, what, reply), min(until, now + TRY_S)
+                )
             except Lost as exc:
                 if self.link.closed:
                     raise Closed("the broker is closed") from exc
                 continue  # acks may be repeated: the second one settles nothing
             except TimeoutError as exc:
+                if await self._unknown(int(last.split(".")[2])):
+                    return False
+                if now + TRY_S < until:
+                    continue  # a server that has just started may have dropped it
                 raise TimedOut(f"consumer {self.name}: no confirmation within {CALL_S:g} s") from exc
-            if wire.status(frame[2]) == 503:
+            if not wire.status(frame[2]):
+                return True
+            # nobody there: the consumer has no leader for a moment, or it is gone
+            try:
+                await self.api.call(f"CONSUMER.INFO.{self.shared.raw}.{self.name}", type=js.ConsumerInfo)
+            except ApiError as exc:
                 self.suspect()
-                raise NotFound(f"consumer {self.name} was deleted, or has no leader now")
-            return
+                raise NotFound(f"consumer {self.name} was deleted") from exc
+            if now + TRY_S >= until:
+                raise Unavailable(f"consumer {self.name}: the server takes no acks of it")
+            await asyncio.sleep(0.1)
 
 
 def _settle(done: asyncio.Future[None]) -> None:
@@ -283,7 +374,7 @@ def _settle(done: asyncio.Future[None]) -> None:
         done.set_result(None)
 
 
-def _seen(done: asyncio.Future[None]) -> None:
+def _seen(done: asyncio.Future[Any]) -> None:
     if not done.cancelled():
         done.exception()
 
@@ -351,59 +442,64 @@ class NatsConsumer(Consumer):
             self._open()
             if state.doubt != self._api.link.generation:
                 await self.check()
+            if not state.buffer and state.ahead is not None:
+                await asyncio.shield(state.ahead.done)
             if state.buffer:
-                if self.config.attempts_max:
+                if state.spent:
                     await self._bury_spent()
-                out = await self._take(limit, bytes_max)
+                out = self._take(limit, bytes_max)
                 if out:
+                    state.streak = state.streak + 1 if len(out) == limit >= AHEAD_MIN else 0
+                    if state.streak >= AHEAD_AFTER and len(state.buffer) < limit:
+                        state.read_ahead(limit, bytes_max)
                     return out
+            state.streak = 0 if not state.ahead and state.streak < AHEAD_AFTER else state.streak
             ended = await state.pull(1 if alone else limit, 0 if alone else bytes_max, until)
             alone = "MaxBytes" in ended  # a record larger than the bound comes by itself
             if not state.buffer and not alone and loop.time() >= until:
                 self._open()
                 return []
 
-    async def _take(self, limit: int, bytes_max: int) -> list[Delivery]:
+    def _take(self, limit: int, bytes_max: int) -> list[Delivery]:
         """Out of the buffer, as the caller's."""
         state = self._state
-        buffer = state.buffer
+        buffer, leases = state.buffer, state.leases
         now = time.monotonic()
         wait_s = self.config.ack_wait_s
-        taken: list[_Arrived] = []
-        size = 0
-        while buffer and len(taken) < limit:
-            size += len(buffer[0].record.data)
-            if taken and size > bytes_max:
+        while buffer and now - buffer[0][1] > wait_s * 0.9:
+            buffer.popleft()  # the server gives it again any moment
+        count, size = 0, 0
+        for d, _ in buffer:
+            size += len(d.record.data)
+            if count == limit or (count and size > bytes_max):
                 break
-            one = buffer.popleft()
-            if now - one.received < wait_s * 0.9:  # else the server gives it again any moment
-                taken.append(one)
-            else:
-                size -= len(one.record.data)
-        if not taken:
+            count += 1
+        if not count:
             return []
-        epoch = state.leases.epoch
-        tokens = [epoch + a.tail for a in taken]
-        oldest = taken[0].received
-        state.leases.give([a.record.sequence for a in taken], tokens, wait_s, oldest)
-        out = [Delivery(a.record, a.attempt, t) for a, t in zip(taken, tokens, strict=True)]
+        oldest = buffer[0][1]
+        out = [buffer.popleft()[0] for _ in range(count)]
+        if not out[0].token.startswith(leases.epoch):
+            return []  # another connection of this process made the consumer seek: the server gives anew
+        leases.give([d.record.sequence for d in out], [d.token for d in out], wait_s, oldest)
         if now - oldest > wait_s * 0.25:
             # it lay here for a while: its owner gets a whole ack wait nevertheless
-            state.link.send(wire.settle(state.leases.prefix, [a.tail for a in taken], PROGRESS))
-            state.leases.renew(out, wait_s)
+            state.link.send(wire.settle(leases.prefix, self._tails(out), PROGRESS))
+            leases.renew(out, wait_s)
         return out
 
     async def _bury_spent(self) -> None:
         """What came once too often is a dead letter; it stays in the buffer until it is one."""
         most = self.config.attempts_max
-        spent = [a for a in self._state.buffer if a.attempt > most]
-        if not spent:
-            return
-        await self._bury([(a.record, a.attempt - 1, a.tail) for a in spent], BURIED)
-        gone = {id(a) for a in spent}
-        kept = [a for a in self._state.buffer if id(a) not in gone]
-        self._state.buffer.clear()
-        self._state.buffer.extend(kept)
+        state = self._state
+        spent = [d for d, _ in state.buffer if most and d.attempt > most]
+        if spent:
+            rows = [(d.record, d.attempt - 1, t) for d, t in zip(spent, self._tails(spent), strict=True)]
+            await self._bury(rows, BURIED)
+            gone = {id(d) for d in spent}
+            kept = [e for e in state.buffer if id(e[0]) not in gone]
+            state.buffer.clear()
+            state.buffer.extend(kept)
+        state.spent = any(most and d.attempt > most for d, _ in state.buffer)
 
     async def _bury(self, dead: Sequence[tuple[Record, int, str]], reason: str) -> None:
         """Dead letters first, then the acks: a crash in between makes a second letter with the same id, never none."""
@@ -428,8 +524,7 @@ class NatsConsumer(Consumer):
     async def ack(self, deliveries: Sequence[Delivery]) -> int:
         await self.check()
         ours = self._state.leases.take(deliveries)
-        await self._state.settle(self._tails(ours), ACK)
-        return len(ours)
+        return len(ours) if await self._state.settle(self._tails(ours), ACK) else 0
 
     async def nak(self, deliveries: Sequence[Delivery], *, delay_s: float = 0.0) -> int:
         check_delay(delay_s)
@@ -439,6 +534,10 @@ class NatsConsumer(Consumer):
         spent = [d for d in ours if most and d.attempt >= most]
         again = [d for d in ours if not (most and d.attempt >= most)]
         what = b'-NAK {"delay": %d}' % int(min(delay_s, DELAY_S_MAX) * 1e9) if delay_s > 0 else NAK
+        if what is NAK:
+            self._state.leases.returned |= {
+                d.record.sequence: t for d, t in zip(again, self._tails(again), strict=True)
+            }
         await self._state.settle(self._tails(again), what)
         await self._bury([(d.record, d.attempt, t) for d, t in zip(spent, self._tails(spent), strict=True)], BURIED)
         return len(ours)
@@ -452,8 +551,7 @@ class NatsConsumer(Consumer):
     async def extend(self, deliveries: Sequence[Delivery]) -> int:
         await self.check()
         ours = self._state.leases.renew(deliveries, self.config.ack_wait_s)
-        await self._state.settle(self._tails(ours), PROGRESS)
-        return len(ours)
+        return len(ours) if await self._state.settle(self._tails(ours), PROGRESS) else 0
 
     # --- figures and positions ---
 

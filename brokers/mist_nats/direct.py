@@ -20,10 +20,12 @@ from mist_nats.headers import read_header
 from mist_nats.link import CALL_S, Lost
 from mist_nats.wire import Frame
 
-_TAIL = re.compile(
-    rb"Nats-Stream: [^\r]*\r\nNats-Subject: ([^\r]*)\r\nNats-Sequence: (\d+)\r\nNats-Time-Stamp: ([^\r]*)\r\n"
-    rb"(?:Nats-Num-Pending: (\d+)\r\nNats-Last-Sequence: \d+\r\n)?\r\n\Z"
-).search
+_USUAL = re.compile(
+    rb"NATS/1\.0\r\n(?:Nats-Msg-Id: ([!-<>-~][ -~]*)\r\n)?(?:Nats-(?:Batch|Expected)-[^\r]*\r\n)*Nats-Stream: [^\r]*\r\n"
+    rb"Nats-Subject: ([^\r]*)\r\nNats-Sequence: (\d+)\r\nNats-Time-Stamp: (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?Z\r\n"
+    rb"(?:Nats-Num-Pending: \d+\r\nNats-Last-Sequence: \d+\r\n)?\r\n"
+).fullmatch
+"""A record of ours without headers: id, subject, sequence, second and fraction."""
 BATCH_MAX = 4096
 SLACK = 400
 """What a stored message weighs beside its data, roughly: the server counts subject and headers into max_bytes."""
@@ -62,30 +64,17 @@ class Subjects:
         return found
 
 
-def record_of(frame: Frame, subjects: Subjects) -> tuple[Record, int]:
-    """The record of one answer, and how many are left (-1: not told). Raises Garbled."""
+def record_of(frame: Frame, subjects: Subjects) -> Record:
+    """The record of any answer. Raises Garbled."""
     header = frame[2]
-    found = _TAIL(header)
-    if found is None:
-        return _unusual(frame, subjects)
-    subject, sequence, at, left = found.groups()
-    id, headers, data = read_header(header, frame[3])
-    return Record(int(sequence), subjects(subject), data, wire.time_ns(at), id, headers), -1 if left is None else int(
-        left
-    )
-
-
-def _unusual(frame: Frame, subjects: Subjects) -> tuple[Record, int]:
-    header = frame[2]
-    sequence, left = wire.field(header, b"Nats-Sequence"), wire.field(header, b"Nats-Num-Pending")
+    sequence = wire.field(header, b"Nats-Sequence")
     if not sequence.isdigit():
         raise wire.Garbled(f"a direct get without its sequence: {header[:80]!r}")
     id, headers, data = read_header(header, frame[3])
-    record = Record(
+    return Record(
         int(sequence), subjects(wire.field(header, b"Nats-Subject")), data,
         wire.time_ns(wire.field(header, b"Nats-Time-Stamp")), id, headers,
     )  # fmt: skip
-    return record, int(left) if left.isdigit() else -1
 
 
 async def get(api: Api, stream: str, request: Request, subjects: Subjects, until: float) -> Batch:
@@ -135,10 +124,25 @@ async def get(api: Api, stream: str, request: Request, subjects: Subjects, until
             return Batch([], -1, True)
         raise Unavailable(f"stream {stream}: read: {wire.status_text(end[0][2])}")
     try:
-        pairs = [record_of(f, subjects) for f in frames]
+        records = records_of(frames, subjects)
     except wire.Garbled as exc:
         raise Unavailable(f"stream {stream}: read: {exc}", retryable=False) from exc
-    if not pairs:
+    if not records:
         return Batch([], 0, True)
-    left = wire.field(end[0][2], b"Nats-Num-Pending") if end else b""
-    return Batch([r for r, _ in pairs], int(left) if left.isdigit() else pairs[-1][1])
+    left = wire.field(end[0][2] if end else frames[-1][2], b"Nats-Num-Pending")
+    return Batch(records, int(left) if left.isdigit() else -1)
+
+
+def records_of(frames: list[Frame], subjects: Subjects) -> list[Record]:
+    """Their records. Raises Garbled."""
+    out: list[Record] = []
+    usual, second = _USUAL, wire.second_ns
+    for frame in frames:
+        found = usual(frame[2])
+        if found is None:
+            out.append(record_of(frame, subjects))
+            continue
+        id, subject, sequence, at, part = found.groups()
+        ns = second(at) + int(part.ljust(9, b"0")) if part else second(at)
+        out.append(Record(int(sequence), subjects(subject), frame[3], ns, id.decode() if id else ""))
+    return out

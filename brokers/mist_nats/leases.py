@@ -32,7 +32,8 @@ class Leases:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[int, tuple[str, float]] = {}
-        self._number = 0
+        self.returned: dict[int, str] = {}
+        """Given back without a delay and not seen since: sequence -> tail of the ack subject."""
         self.epoch = self._new_epoch()
         self.prefix = ""
         """The consumer's ack subject up to what differs per delivery."""
@@ -49,12 +50,8 @@ class Leases:
         """Every delivery so far is stale, and no later one has its token."""
         with self._lock:
             self._held.clear()
+            self.returned.clear()
             self.epoch = self._new_epoch()
-
-    def forget_below(self, first: int) -> None:
-        with self._lock:
-            for sequence in [s for s in self._held if s < first]:
-                del self._held[sequence]
 
     def give(self, sequences: Iterable[int], tokens: Sequence[str], ack_wait_s: float, received: float) -> None:
         """These are ours now, from monotonic time `received` on."""
@@ -93,3 +90,10 @@ def leases_of(key: str) -> Leases:
                     del _tables[old]
             found = _tables[key] = Leases()
         return found
+
+
+def returned_of(incarnation: str, first: int) -> list[tuple[str, list[str]]]:
+    """What was given back by this process, per consumer of a stream: ack subjects, from sequence `first` on."""
+    with _lock:
+        tables = [t for k, t in _tables.items() if k.startswith(f"{incarnation}/")]
+    return [(t.prefix, [tail for s, tail in list(t.returned.items()) if s >= first]) for t in tables if t.returned]

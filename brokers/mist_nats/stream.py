@@ -28,23 +28,28 @@ from mist.broker.base import (
     check_position,
     check_read,
 )
-from mist.errors import CursorAhead, InvalidArgument, NotFound, SequenceExpired, Unsupported
+from mist.errors import CursorAhead, InvalidArgument, NotFound, SequenceExpired, Unavailable, Unsupported
 from mist.protocol.subject import matcher
 from mist_nats import api as js
 from mist_nats.api import Api, ApiError, translated
 from mist_nats.direct import BATCH_MAX, SLACK, Batch, Request, Subjects, get
+from mist_nats.headers import read_header
+from mist_nats.leases import returned_of
 from mist_nats.link import CALL_S
 from mist_nats.names import META_INCARNATION, TAIL, prefix
 from mist_nats.publish import Publisher
 from mist_nats.tail import Tail
-from mist_nats.wire import rfc3339, time_ns
+from mist_nats.wire import rfc3339, settle, time_ns
 
 if TYPE_CHECKING:
     from mist_nats.broker import NatsBroker
     from mist_nats.consumer import NatsConsumer
 
 TAILS_MAX = 8
+EACH_MAX = 256
 SCAN_BYTES = 8 * 1024 * 1024
+POLL_S = 0.1
+"""Between two looks at the end of a stream that cannot be followed."""
 LAG_PAUSE_S = 0.005
 """Between two looks at a replica that is behind its leader."""
 HEADERS_ROOM = 128 * 1024
@@ -83,6 +88,8 @@ class Shared:
         meta = info.config.metadata or self.broker.described(info.config.description) if meta is None else meta
         self.config, self.durability, self.warnings = self.broker.in_force(info, meta if self.ours else None)
         self.batched = info.config.allow_direct and self.api.link.version >= (2, 11)
+        self.followable = info.config.retention == "limits"
+        """Others delete what is acked: a consumer beside theirs is refused, or takes away."""
         self.alone = info.config.num_replicas <= 1 and info.config.mirror is None
         self.doubt = self.api.link.generation
 
@@ -170,11 +177,15 @@ class NatsStream(Stream):
             check_position(expected_last, "expected_last")
         if not self.shared.ours:
             self._check_subjects(messages)
-        try:
-            return await self.shared.publisher.append(messages, expected_last)
-        except NotFound:
-            await self.state()
-            raise
+        for pause_s in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 1.0, None):
+            try:
+                return await self.shared.publisher.append(messages, expected_last)
+            except NotFound as exc:  # nobody took it, so nothing is stored: deleted, or a server that is not ready yet
+                await self.state()
+                if pause_s is None:
+                    raise Unavailable(f"stream {self.name}: the server takes no messages for it") from exc
+                await asyncio.sleep(pause_s)
+        raise AssertionError("unreachable")
 
     def _check_subjects(self, messages: Sequence[Message]) -> None:
         match = matcher(self.shared.info.config.subjects or ["$none"])
@@ -223,6 +234,9 @@ class NatsStream(Stream):
             after = page.scanned  # nothing here matched; what was passed over needs no second look
             if page.scanned < page.last:
                 continue
+            if not self.shared.followable:
+                await asyncio.sleep(max(0.0, min(POLL_S, until - loop.time())))
+                continue
             tail = self.shared.tails.get(key)
             if tail is None or not tail.serves(after):
                 await self._follow(key, after)
@@ -257,6 +271,8 @@ class NatsStream(Stream):
         self, after: int, key: tuple[str, ...], match: Callable[[str], bool] | None, limit: int, bytes_max: int
     ) -> Page:
         """One page of what is there now."""
+        if not self.shared.batched and not self.shared.followable:
+            return await self._look_at_each(after, match, limit, bytes_max)
         if not self.shared.batched:
             return await self._look_one_by_one(after, match, limit, bytes_max)
         if match is None:
@@ -365,6 +381,27 @@ class NatsStream(Stream):
             await tail.wait(after, until)
         return Page([], after, last)
 
+    async def _look_at_each(self, after: int, match: Callable[[str], bool] | None, limit: int, bytes_max: int) -> Page:
+        """By single requests to the leader: for work queues, where nothing else leaves everything in its place."""
+        _, last = self._placed(after, await self.state())
+        out: list[Record] = []
+        size = 0
+        for _ in range(EACH_MAX):
+            message = await self._stored(after + 1) if after < last else None
+            if message is None:
+                return Page(out, last, last)
+            id, headers, data = read_header(message.hdrs, message.data)
+            subject = self.shared.subjects(message.subject.encode())
+            if match is None or match(subject):
+                size += len(data)
+                if out and size > bytes_max:
+                    break
+                out.append(Record(message.seq, subject, data, time_ns(message.time.encode()), id, headers))
+            after = message.seq
+            if len(out) >= limit:
+                break
+        return Page(out, after, max(last, after))
+
     # --- positions ---
 
     async def info(self) -> StreamInfo:
@@ -404,7 +441,12 @@ class NatsStream(Stream):
         return _bounds((await self.state()).state)[1]
 
     async def _message(self, sequence: int) -> tuple[int, int] | None:
-        """Sequence and time of the first message at or behind `sequence`, from the stream's leader."""
+        """Sequence and time of the first message at or behind `sequence`."""
+        message = await self._stored(sequence)
+        return None if message is None else (message.seq, time_ns(message.time.encode()))
+
+    async def _stored(self, sequence: int) -> js.Stored | None:
+        """The first message at or behind `sequence`, from the stream's leader."""
         try:
             got = await self._api.call(
                 f"STREAM.MSG.GET.{self.shared.raw}", {"seq": sequence, "next_by_subj": ">"}, js.Got
@@ -413,7 +455,7 @@ class NatsStream(Stream):
             if exc.code == 404:
                 return None
             raise translated(exc, f"stream {self.name}") from exc
-        return got.message.seq, time_ns(got.message.time.encode())
+        return got.message
 
     async def trim(self, *, before: int) -> int:
         self._open()
@@ -427,6 +469,9 @@ class NatsStream(Stream):
             done = await self._api.call(f"STREAM.PURGE.{self.shared.raw}", {"seq": before}, js.Purged)
         except ApiError as exc:
             raise translated(exc, f"stream {self.name}: trim") from exc
+        # A purge makes the server (2.15.1) forget what was given back and waits to be delivered: give it back again.
+        for ack_prefix, tails in returned_of(self.incarnation, before):
+            self._api.link.send(settle(ack_prefix, tails, b"-NAK"))
         self._broker.wake(self.shared.raw)
         return done.purged
 

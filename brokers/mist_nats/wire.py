@@ -47,7 +47,8 @@ _ONE_ACK = (
 
 
 class Splitter:
-    """`ack_sid` is the subscription whose messages are publish acknowledgements (empty: none)."""
+    """`ack_sid` is the subscription whose messages are publish acknowledgements (empty: none). The size that a plain
+    acknowledgement states is not compared with its text: it is a whole JSON object either way."""
 
     def __init__(self, ack_sid: bytes = b"") -> None:
         one = _ONE_ACK % re.escape(ack_sid) if ack_sid else None
@@ -194,8 +195,15 @@ def ack_subject(reply: bytes) -> tuple[bytes, bytes, int, int, int, int, int] | 
     return prefix, tail, int(tried), int(stream), int(consumer), int(time_ns), int(left)
 
 
+delivery = re.compile(
+    rb"(\$JS\.ACK\.(?:[^.]+\.[^.]+\.)?[^.]+\.[^.]+\.)(([0-9]+)\.([0-9]+)\.([0-9]+)\.([0-9]+)\.[0-9]+(?:\.[^.]+)?)"
+).fullmatch
+"""The match of an ack subject: prefix, tail, deliveries, stream sequence, consumer sequence, time in ns (as bytes)."""
+
+
 @lru_cache(maxsize=4096)
-def _second(text: bytes) -> int:
+def second_ns(text: bytes) -> int:
+    """`2026-11-25T13:34:07` as Unix nanoseconds. Raises ValueError."""
     from calendar import timegm
 
     y, mo, d, h, mi, s = text[:4], text[5:7], text[8:10], text[11:13], text[14:16], text[17:19]
@@ -205,7 +213,7 @@ def _second(text: bytes) -> int:
 def time_ns(text: bytes) -> int:
     """RFC 3339 in UTC, as the server writes it, as Unix nanoseconds. Raises Garbled."""
     try:
-        at = _second(text[:19])
+        at = second_ns(text[:19])
         if text[19:20] == b".":
             at += int(text[20:-1].ljust(9, b"0"))
     except ValueError as exc:

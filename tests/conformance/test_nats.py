@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mist.testing.conformance import BrokerConformance
-from tests.jetstream.conftest import shared_url
+from tests.jetstream.server import shared_url
 
 
 class TestNats(BrokerConformance):

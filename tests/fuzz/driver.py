@@ -31,6 +31,7 @@ TARGETS = {
     "envelope": "tests.fuzz.envelope",
     "lines": "tests.fuzz.lines",
     "msgpack": "tests.fuzz.msgpack",
+    "nats_wire": "tests.fuzz.nats_wire",
     "position": "tests.fuzz.position",
     "redis_entry": "tests.fuzz.redis_entry",
     "subject": "tests.fuzz.subject",

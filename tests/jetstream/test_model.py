@@ -5,7 +5,7 @@ from __future__ import annotations
 import mist
 from mist.broker.base import Broker
 from mist.testing.statemachine import state_machine
-from tests.jetstream.conftest import shared_url
+from tests.jetstream.server import shared_url
 
 
 async def connect() -> Broker:

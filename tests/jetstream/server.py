@@ -1,7 +1,8 @@
-"""One NATS server per test process, shared by all tests that need no server of their own."""
+"""One NATS server per test process, for all tests that need no server of their own."""
 
 from __future__ import annotations
 
+import atexit
 import os
 from contextlib import ExitStack
 
@@ -11,10 +12,11 @@ from mist.testing.servers import MissingServer, run_nats
 
 _stack = ExitStack()
 _url = ""
+atexit.register(_stack.close)
 
 
 def shared_url() -> str:
-    """The URL of this process's server, started at first use. Skips the test where there is none; a failure in CI."""
+    """Its URL; started at first use. Where there is none the test is skipped, or fails when CI is set."""
     global _url
     if not _url:
         try:
@@ -24,12 +26,3 @@ def shared_url() -> str:
                 raise
             pytest.skip(str(exc))
     return _url
-
-
-def pytest_sessionfinish() -> None:
-    _stack.close()
-
-
-@pytest.fixture
-def nats_url() -> str:
-    return shared_url()
