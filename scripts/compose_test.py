@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ HEALTHY_S = 120.0
 PROJECT = f"mist-test-{os.getpid()}"
 OURS = ("mist-stack:local", "mist-nats:local")
 DEMO_SPANS = 20_000
-CLUSTER_RECORDS = 3_000
+CLUSTER_RECORDS = 1_000
+DEAD_S = 3.0
 
 
 class CannotRun(Exception):
@@ -322,9 +324,14 @@ def door_and_worker(up: Up, port: int, broker: str) -> None:
     stored(up, 1000)
     if broker:
         up.kill(broker)
-        up.start(broker)
-    failed = post(port, 1001, 1000)
-    say(f"1,000 more posted after the kill ({failed} tries failed before)" if broker else "1,000 more posted")
+        with ThreadPoolExecutor(1) as pool:
+            posting = pool.submit(post, port, 1001, 1000)
+            time.sleep(DEAD_S)
+            check(not posting.done(), f"nothing is acknowledged while {broker} is dead")
+            up.start(broker)
+            say(f"ok: 1,000 more are acknowledged after {posting.result()} refused tries")
+    else:
+        post(port, 1001, 1000)
     stored(up, 2000)
     info = up.mist("tokentrace", "stream", "info", "trace")
     check(info["durability"] == "power", f"the stream says durability {info['durability']}")
@@ -371,10 +378,10 @@ def cluster(docker: list[str], compose: list[str]) -> None:
     with running(docker, compose, "compose.cluster.yaml", ports) as up:
         up.up()
         hardened(up)
-        asyncio.run(lose_nodes(up, url))
+        asyncio.run(lose_nodes(up, url, int(ports["MIST_PORT"])))
 
 
-async def lose_nodes(up: Up, url: str) -> None:
+async def lose_nodes(up: Up, url: str, door: int) -> None:
     """Append without a pause while the stream's leader, then a follower, is killed: nothing acknowledged is lost."""
     async with mist.connect(url) as broker:
         stream = await broker.open("acked", config=StreamConfig(durability="replicated"))
@@ -382,10 +389,13 @@ async def lose_nodes(up: Up, url: str) -> None:
         check(info.durability == "replicated", f"stream acked is {info.durability}")
         acked: dict[str, int] = {}
         repeats = 0
+        enough = asyncio.Event()
 
-        async def append(first: int, count: int) -> None:
+        async def append() -> None:
+            """Ten at a time, as fast as they are acknowledged, again with the same ids where the fate is unknown."""
             nonlocal repeats
-            for n in range(first, first + count, 10):
+            n = 0
+            while not enough.is_set():
                 batch = [Message("acked.n", b"%d" % i, f"n-{i}") for i in range(n, n + 10)]
                 until = time.monotonic() + HEALTHY_S
                 while True:
@@ -398,19 +408,33 @@ async def lose_nodes(up: Up, url: str) -> None:
                         repeats += 1
                         await asyncio.sleep(0.1)
                 acked.update(zip((m.id for m in batch), sequences, strict=True))
+                n += 10
 
-        third = CLUSTER_RECORDS // 3
-        for number, role in enumerate(("leader", "follower")):
-            node = leader(up) if role == "leader" else next(n for n in NODES if n != leader(up))
-            task = asyncio.create_task(append(number * third, third))
-            while len(acked) < number * third + third // 3 and not task.done():
+        async def more(count: int) -> None:
+            want = len(acked) + count
+            while len(acked) < want and not appending.done():
                 await asyncio.sleep(0.01)
-            say(f"{len(acked)} acknowledged; the {role} of the stream is {node}")
+            if appending.done():
+                await appending
+
+        appending = asyncio.create_task(append())
+        posted = 0
+        for role in ("leader", "follower"):
+            await more(CLUSTER_RECORDS)
+            leading = await asyncio.to_thread(leader, up)
+            node = leading if role == "leader" else next(n for n in NODES if n != leading)
+            say(f"{len(acked)} acknowledged; {node} is a {role} of the stream")
             await asyncio.to_thread(up.kill, node)
-            await task
-            say(f"ok: {len(acked)} acknowledged with {node} dead; {repeats} appends were repeated")
+            before = len(acked)
+            await more(CLUSTER_RECORDS)
+            await asyncio.to_thread(post, door, posted, 500)
+            posted += 500
+            say(f"ok: {len(acked) - before} more acknowledged, and 500 through the door, with {node} dead")
             await asyncio.to_thread(up.start, node)
-        await append(2 * third, third)
+        enough.set()
+        await appending
+        say(f"{repeats} appends were repeated with the same ids")
+        await asyncio.to_thread(stored, up, posted)
         found: dict[str, int] = {}
         after = doubled = 0
         while True:

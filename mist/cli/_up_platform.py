@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from mist.broker.base import Broker
+from mist.broker.base import Broker, Stream, StreamConfig
 from mist.errors import Internal, InvalidArgument, MistError, NotFound, TimedOut
 from mist.kit.retry import RetryPolicy
 from mist.transport.server import App, AppServer, Receive, Scope, Send
@@ -33,14 +33,20 @@ Say = Callable[[str], None]
 class Platform:
     """What a tool sees. `facts` gives its counters, by name; they are shown by /readyz and at the end."""
 
-    def __init__(self, broker: Broker, *, stream: str, say: Say) -> None:
+    def __init__(self, broker: Broker, *, stream: str, config: StreamConfig | None, say: Say) -> None:
         self.broker = broker
-        self.stream = stream
+        self._stream = stream
+        self._config = config
         self.say = say
         self.stop = asyncio.Event()
         self.ready = asyncio.Event()
         self.facts: Callable[[], dict[str, Any]] = dict
         self.doors: dict[str, App] = {}
+
+    async def stream(self) -> Stream:
+        """The stream they all work on; made where it is not there. Raises Conflict when it is there with settings
+        other than those that were asked for."""
+        return await self.broker.open(self._stream, config=self._config)
 
 
 class Health:
@@ -106,6 +112,7 @@ async def run(
     tools: Mapping[str, Tool],
     *,
     stream: str,
+    config: StreamConfig | None = None,
     host: str,
     port: int,
     wait_s: float,
@@ -124,7 +131,7 @@ async def run(
         if broker is None:
             return {}
         health.broker = broker
-        health.tools = {name: Platform(broker, stream=stream, say=_named(say, name)) for name in tools}
+        health.tools = {name: Platform(broker, stream=stream, config=config, say=_named(say, name)) for name in tools}
         errors: list[Exception] = []
         async with asyncio.TaskGroup() as group:
             tasks = {

@@ -20,7 +20,7 @@ def door(store: Callable[[], Path]) -> Tool:
     accepted = 0
 
     async def run(platform: Platform) -> None:
-        stream = await platform.broker.open(platform.stream)
+        stream = await platform.stream()
         append = server.stream_sink(stream)
 
         async def counted(envelopes: list[Envelope]) -> Sequence[int] | None:
@@ -43,7 +43,7 @@ def tokentrace(store: Callable[[], Path]) -> Tool:
     path = store()
 
     async def run(platform: Platform) -> None:
-        stream = await platform.broker.open(platform.stream)
+        stream = await platform.stream()
         with Store.open(path) as opened:
             after = start(opened, stream)
             progress = Progress(after, after)

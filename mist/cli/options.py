@@ -5,10 +5,13 @@ An `OptionGroup` is a frozen Struct; as the annotation of a command's parameter 
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 from msgspec import Struct
+
+from mist.broker.base import Durability
 
 
 class OptionGroup(Struct, frozen=True, kw_only=True):
@@ -79,3 +82,25 @@ Select = Annotated[
     str | None,
     typer.Option("--select", metavar="A,B", help="Show only these fields, e.g. sequence,payload.attrs.model."),
 ]
+
+
+class Level(StrEnum):
+    memory = "memory"
+    process = "process"
+    power = "power"
+    replicated = "replicated"
+
+
+def durability_of(level: Level | None) -> Durability | None:
+    """The contract's word for the option's value."""
+    match level:
+        case None:
+            return None
+        case Level.memory:
+            return "memory"
+        case Level.process:
+            return "process"
+        case Level.power:
+            return "power"
+        case Level.replicated:
+            return "replicated"

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from mist.broker.base import Durability, StreamConfig, StreamInfo
+from mist.broker.base import StreamConfig, StreamInfo
 from mist.broker.clock import SYSTEM
-from mist.cli.options import DryRun, FilterOptions, RangeOptions, StreamArg
+from mist.cli.options import DryRun, FilterOptions, Level, RangeOptions, StreamArg, durability_of
 from mist.cli.position import after_of, parse_age, parse_position
 from mist.cli.render import escape, moment, seq
 from mist.cli.scan import Bounds, Scan, explain_empty, filter_of
@@ -25,13 +25,6 @@ DAMAGED = 8
 DIFFERENT = 10
 _SIZES = {"": 1, "b": 1, "k": 1024, "kib": 1024, "kb": 1000, "m": 1024**2, "mib": 1024**2, "mb": 1000**2,
           "g": 1024**3, "gib": 1024**3, "gb": 1000**3, "t": 1024**4, "tib": 1024**4, "tb": 1000**4}  # fmt: skip
-
-
-class Level(StrEnum):
-    memory = "memory"
-    process = "process"
-    power = "power"
-    replicated = "replicated"
 
 
 class Full(StrEnum):
@@ -164,7 +157,7 @@ async def create(
     url, name = session.target(stream)
     check_stream(name)
     config = StreamConfig(
-        durability=_durability(durability),
+        durability=durability_of(durability),
         age_s_max=parse_age(age_max) / 1e9 if age_max is not None else None,
         bytes_max=parse_size(bytes_max) if bytes_max is not None else None,
         records_max=records_max,
@@ -179,20 +172,6 @@ async def create(
     session.out.item(shape(await made.info())) if session.out.format != "table" else session.out.note(
         f"stream {name} is in {broker.url}"
     )
-
-
-def _durability(level: Level | None) -> Durability | None:
-    match level:
-        case None:
-            return None
-        case Level.memory:
-            return "memory"
-        case Level.process:
-            return "process"
-        case Level.power:
-            return "power"
-        case Level.replicated:
-            return "replicated"
 
 
 def parse_size(text: str) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mist.cli._tools import StoreOption, drained, store_path
+from mist.cli.options import Level, durability_of
 from mist.cli.session import current
 from mist.errors import InvalidArgument
 
@@ -33,6 +34,9 @@ async def command(
         str, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
     ] = LISTEN,
     stream: Annotated[str, typer.Option("--stream", metavar="STREAM", help="The stream they work on.")] = "trace",
+    durability: Annotated[
+        Level | None, typer.Option("--durability", help="Of the stream: what an acknowledged envelope survives.")
+    ] = None,
     wait: Annotated[
         float,
         typer.Option(
@@ -54,7 +58,9 @@ async def command(
       mist up
       mist up -u log:./data --listen 127.0.0.1:9000
       mist up -u nats://localhost:4222 --tools tokentrace
+      mist up -u nats://a:4222,b:4222,c:4222 --durability replicated
     """
+    from mist.broker.base import StreamConfig
     from mist.cli import _up_platform
     from mist.transport.server import parse_address
 
@@ -73,9 +79,11 @@ async def command(
         out.item({**addresses, "healthz": f"{url}/healthz", "readyz": f"{url}/readyz"})
         out.flush()
 
+    config = StreamConfig(durability=durability_of(durability)) if durability is not None else None
+
     async def work(stop: asyncio.Event) -> None:
         facts = await _up_platform.run(
-            lambda: session.connect(create=True), made, stream=stream, host=host, port=port, wait_s=wait, stop=stop,
+            lambda: session.connect(create=True), made, stream=stream, config=config, host=host, port=port, wait_s=wait, stop=stop,
             say=out.warn, on_ready=on_ready,
         )  # fmt: skip
         for name, values in facts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -23,8 +24,10 @@ from mist.cli import _up_platform
 from mist.cli._up_platform import Health, Platform
 from mist.cli.run import AGAIN_S
 from mist.errors import Conflict, Internal, TimedOut, Unavailable
+from mist.kit.local import LocalServer
 from mist.protocol.codec import encode
 from mist.protocol.payloads import TraceSpan
+from mist.testing.servers import MissingServer, run_nats, run_redis
 from mist.tools.tokentrace.store import Store
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
@@ -51,8 +54,22 @@ def started(spawn: Spawn, url: str, *args: str) -> tuple[subprocess.Popen[bytes]
     return process, msgspec.json.decode(line)
 
 
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for it; the test's own time limit ends it."""
+    while not holds():
+        time.sleep(0.05)
+
+
+def spans(found: dict[str, Any]) -> int:
+    """How many the worker has stored since it started."""
+    number: int = httpx.get(found["readyz"], trust_env=False, timeout=30).json()["tools"]["tokentrace"]["spans"]
+    return number
+
+
 def post(url: str, *numbers: int) -> httpx.Response:
-    return httpx.post(url, content=body(*numbers), headers={"content-type": "application/x-ndjson"}, trust_env=False)
+    return httpx.post(
+        url, content=body(*numbers), headers={"content-type": "application/x-ndjson"}, trust_env=False, timeout=60
+    )
 
 
 def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: Path) -> None:
@@ -63,8 +80,8 @@ def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: 
     answer = post(found["mist"], 1, 2, 3)
     assert (answer.status_code, answer.json()) == (202, {"accepted": 3, "first": 1, "last": 3})
     assert [r.id for r in records(log, "trace")] == ["id-1", "id-2", "id-3"]
-    while (report := httpx.get(found["readyz"], trust_env=False).json())["tools"]["tokentrace"]["spans"] < 3:
-        time.sleep(0.02)
+    until(lambda: spans(found) == 3)
+    report = httpx.get(found["readyz"], trust_env=False).json()
     assert report["ready"] is True
     assert report["tools"]["door"]["accepted"] == 3
     process.terminate()
@@ -172,6 +189,64 @@ def test_what_cannot_run_is_refused(cli: Cli, log: str, spawn: Spawn) -> None:
     assert again.code == 5
     assert "deleted and made again" in again.err
     assert cli("up", "-u", log, "--listen", "127.0.0.1:0", "--timeout", "0.5", "--tools", "door").code == 6
+
+
+@pytest.mark.parametrize("start", [run_nats, run_redis], ids=["nats", "redis"])
+def test_over_a_broker_that_is_killed(start: Any, spawn: Spawn, cli: Cli) -> None:
+    """While it is dead nothing is acknowledged and /readyz says why; when it is back, all that was is there once."""
+    try:
+        with start(own_process=True) as server:
+            process, found = started(spawn, server.url)
+            assert post(found["mist"], *range(100)).status_code == 202
+            server.kill()
+            report = httpx.get(found["readyz"], trust_env=False, timeout=30)
+            assert (report.status_code, report.json()["ready"]) == (503, False)
+            assert report.json()["reason"]
+            refused = post(found["mist"], *range(100, 200))
+            assert refused.status_code in (503, 504), refused.text
+            assert httpx.get(found["healthz"], trust_env=False).status_code == 200
+            server.start()
+            until(lambda: post(found["mist"], *range(100, 200)).status_code == 202)
+            until(lambda: httpx.get(found["readyz"], trust_env=False, timeout=30).status_code == 200)
+            until(lambda: spans(found) == 200)
+            process.terminate()
+            assert process.wait(60) == 143
+            assert cli.ok("-u", server.url, "trace", "stats", "-j").json["total"] == 200
+            assert sorted(r.id for r in records(server.url, "trace")) == sorted(f"id-{n}" for n in range(200))
+    except MissingServer as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(exc))
+
+
+def test_a_broker_that_comes_late_is_waited_for(spawn: Spawn) -> None:
+    """`mist up` before its server: it says so, and goes on when the server is there."""
+    try:
+        with run_redis(own_process=True) as server:
+            assert isinstance(server, LocalServer)
+            server.stop()
+            process = spawn("up", "-u", server.url, "--listen", "127.0.0.1:0", "-o", "jsonl")
+            assert process.stderr is not None
+            assert b"trying again" in process.stderr.readline()
+            server.start()
+            assert process.stdout is not None
+            found = msgspec.json.decode(process.stdout.readline())
+            assert post(found["mist"], 1).status_code == 202
+            process.terminate()
+            assert process.wait(60) == 143
+    except MissingServer as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(exc))
+
+
+def test_the_stream_is_made_as_it_was_asked_for(spawn: Spawn, cli: Cli, log: str) -> None:
+    """--durability holds when the stream is made; one that is there with another is a conflict, not a change."""
+    process, _ = started(spawn, log, "--durability", "process")
+    assert cli.ok("-u", log, "stream", "info", "trace", "-j").json["durability"] == "process"
+    process.terminate()
+    process.wait()
+    assert cli("up", "-u", log, "--listen", "127.0.0.1:0", "--durability", "power").code == 5
 
 
 # the platform itself
