@@ -1,9 +1,14 @@
-"""The demo's child processes: started with their talk in a log file, waited for, and never left behind."""
+"""The demo's child processes: started with their talk in a log file, waited for, and never left behind.
+
+The broker's URL goes to them in the environment (MIST_URL): what stands in their arguments is seen by everybody who can
+run `ps`, and a URL may hold a password.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
@@ -27,12 +32,13 @@ class Child:
         self._output = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, name: str, args: list[str], log: Path) -> Self:
+    async def start(cls, name: str, args: list[str], log: Path, url: str) -> Self:
         """`python -P args…`: the interpreter that runs us, nothing from the current directory."""
         with log.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", *args, stdin=PIPE, stdout=PIPE, stderr=stderr
-            )
+                sys.executable, "-P", *args, stdin=PIPE, stdout=PIPE, stderr=stderr,
+                env={**os.environ, "MIST_URL": url},
+            )  # fmt: skip
         return cls(name, process, log)
 
     async def _read(self) -> bytes:
@@ -83,12 +89,13 @@ class Child:
 class Nursery:
     """Starts children and reaps every one of them at the end, whatever happened."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, url: str) -> None:
         self._logs = logs
+        self._url = url
         self._children: list[Child] = []
 
     async def start(self, name: str, *args: str) -> Child:
-        child = await Child.start(name, list(args), self._logs / f"{name}.log")
+        child = await Child.start(name, list(args), self._logs / f"{name}.log", self._url)
         self._children.append(child)
         return child
 
@@ -98,9 +105,9 @@ class Nursery:
 
 
 @contextlib.asynccontextmanager
-async def nursery(logs: Path) -> AsyncIterator[Nursery]:
-    """Children of this block do not outlive it."""
-    found = Nursery(logs)
+async def nursery(logs: Path, url: str) -> AsyncIterator[Nursery]:
+    """Children of this block do not outlive it. `url` is their broker."""
+    found = Nursery(logs, url)
     try:
         yield found
     finally:

@@ -1,4 +1,5 @@
-"""The demo's producer, a process of its own: `python -m mist.cli._demo_producer '{"url": …}'`.
+"""The demo's producer, a process of its own: `python -m mist.cli._demo_producer '{"stream": …}'`, with the broker's URL
+in MIST_URL.
 
 Publishes the made-up traffic or a file's rows durably at a steady pace, and writes every acknowledged span to an append-only file
 after its append has returned. At `hold_at` spans it waits for a line on standard input: the demo sends it when the
@@ -29,7 +30,6 @@ from mist.tools.tokentrace.publish import BATCH, publish
 class Order(Struct, frozen=True, kw_only=True):
     """What to publish and where to write it down. `file` = "" makes traffic up."""
 
-    url: str
     stream: str
     acknowledged: str
     count: int
@@ -51,7 +51,7 @@ class Report(Struct, frozen=True, kw_only=True):
     elapsed_s: float
 
 
-async def produce(order: Order) -> Report:
+async def produce(order: Order, url: str) -> Report:
     began = time.monotonic()
     rows = (
         envelopes_of(Path(order.file))
@@ -77,7 +77,7 @@ async def produce(order: Order) -> Report:
             await asyncio.to_thread(sys.stdin.readline)
 
     try:
-        async with connect(order.url) as broker:
+        async with connect(url) as broker:
             stream = await broker.open(order.stream)
             done = await publish(stream, rows, rate=order.rate, batch=order.batch, on_acked=write_down, gate=hold)
     finally:
@@ -92,5 +92,5 @@ async def produce(order: Order) -> Report:
 
 
 if __name__ == "__main__":
-    report = asyncio.run(produce(msgspec.json.decode(sys.argv[1], type=Order)))
+    report = asyncio.run(produce(msgspec.json.decode(sys.argv[1], type=Order), os.environ["MIST_URL"]))
     sys.stdout.write(msgspec.json.encode(report).decode() + "\n")

@@ -120,7 +120,7 @@ async def run_demo(plan: Plan, say: Say) -> Outcome:
                 trace_stream = await broker.open(TRACES)
                 durability = (await trace_stream.info()).durability
                 say(f"broker {broker.url}, streams {TRACES} and {EVALS}, durability {durability}")
-                async with nursery(plan.files) as children, asyncio.TaskGroup() as tasks:
+                async with nursery(plan.files, plan.url) as children, asyncio.TaskGroup() as tasks:
                     evals = tasks.create_task(_evals(plan, broker, children, say))
                     traces = tasks.create_task(_traces(plan, trace_stream, children, say))
     except TimeoutError as exc:
@@ -144,7 +144,6 @@ async def _traces(plan: Plan, stream: Stream, children: Nursery, say: Say) -> Tr
     info = await stream.info()
     rate = max(plan.spans / PRODUCE_S, RATE_MIN)
     order = Order(
-        url=plan.url,
         stream=TRACES,
         acknowledged=str(acknowledged),
         count=plan.spans,
@@ -160,7 +159,7 @@ async def _traces(plan: Plan, stream: Stream, children: Nursery, say: Say) -> Tr
         # fmt: off
         return await children.start(
             name, "-m", "mist", "trace", "worker", "--stream", TRACES, "--store", str(plan.store), "--record", name,
-            "--from", f"+{info.last}", "--url", plan.url, "--format", "json",
+            "--from", f"+{info.last}", "--format", "json",
         )
         # fmt: on
 
@@ -238,9 +237,7 @@ async def _evals(plan: Plan, broker: Broker, children: Nursery, say: Say) -> Eva
     total = _eval_total(plan)
 
     async def mist(name: str, *args: str) -> Child:
-        return await children.start(
-            name, "-m", "mist", "eval", *args, "--stream", EVALS, "--url", plan.url, "--format", "json"
-        )
+        return await children.start(name, "-m", "mist", "eval", *args, "--stream", EVALS, "--format", "json")
 
     suite = str(plan.suite_file)
     say(f"eval run {plan.run}: {total:,} samples, one durable result each")

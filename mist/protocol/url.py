@@ -110,8 +110,9 @@ def redact(text: str) -> str:
         authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
         plain = "@" not in authority and _HOSTS.fullmatch(authority) is not None
         path, mark, query = rest.partition("?")
-        if not plain and "@" not in path:
-            path, mark, query = rest, "", ""  # that was no query, but a password with a question mark
+        no_query = not plain or (scheme.lower() not in _WEB and "=" not in query.partition("@")[0])
+        if no_query and "@" not in path:
+            path, mark, query = rest, "", ""  # that was no query, but a password (or token) with a question mark
         if "@" in path and not (plain and scheme.lower() in _WEB):
             # everything up to the last @ is, or may be, a secret; a user name that is plainly one is kept
             user, colon, _ = authority.partition(":")

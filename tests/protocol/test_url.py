@@ -145,6 +145,12 @@ def test_a_password_of_any_printable_characters_is_never_printed(scheme: str, us
     assert "same" not in str(caught.value)
 
 
+def test_a_token_with_a_question_mark_is_hidden() -> None:
+    """NATS takes a token where others have user:password. What stands between ? and @ is no query unless it has a =."""
+    assert redact("nats://to?ken@host:4222") == "nats://***@host:4222"
+    assert redact("nats://host:4222?stream=a@b") == "nats://host:4222?stream=a@b"
+
+
 def test_redaction_in_front_of_a_question_mark_is_stable() -> None:
     """An & before the ? does not swallow the query; found by the fuzzer, which redacts twice."""
     text = "nats://&user,:pw@h:422password=x2?stream=s&suser,:pw@h:422password=x"

@@ -177,13 +177,13 @@ def test_a_connection_that_breaks_under_calls(door: Door, said: Said) -> None:
                 for fault in (proxy.cut, proxy.refuse):
                     fault()
                     proxy.cut()
-                    for i in range(5):
+                    for i in range(2):
                         for call in (
                             stream.append([Message("a", b"x", f"{fault.__name__}{i}")]), stream.read(wait_s=0.01),
                             consumer.fetch(wait_s=0.01), broker.ping(),
                         ):  # fmt: skip
                             try:
-                                async with asyncio.timeout(2):
+                                async with asyncio.timeout(0.5):
                                     await call
                             except (MistError, TimeoutError) as exc:
                                 said.error(exc)
@@ -203,14 +203,11 @@ def _mist(door: Door, *argv: str, password: str = SECRET, port: int = 0) -> str:
 
 def test_the_command_line(door: Door, said: Said) -> None:
     """What `mist` prints, when all is well and when it is not, in text and in JSON."""
-    for argv in (
-        ("doctor",), ("ping",), ("stream", "ls"), ("stream", "info", "nothing"), ("tail", "nothing"),
-        ("config", "show"), ("stream", "ls", "--json"), ("doctor", "--json"),
-    ):  # fmt: skip
+    for argv in (("doctor",), ("tail", "nothing"), ("config", "show"), ("stream", "ls", "--json")):
         said.parts.append(_mist(door, *argv))
-    for password, port in ((WRONG, 0), (SECRET, 1)):
-        for argv in (("doctor",), ("ping",), ("stream", "ls"), ("stream", "ls", "--json")):
-            said.parts.append(_mist(door, *argv, password=password, port=port))
+    said.parts.append(_mist(door, "ping", password=WRONG))
+    said.parts.append(_mist(door, "doctor", "--json", password=WRONG))
+    said.parts.append(_mist(door, "stream", "ls", port=1))
 
 
 class Arguments:
@@ -244,13 +241,16 @@ class Arguments:
                     self.seen[f"{pid} {line[:4000]}"] = line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_process_carries_it_in_its_arguments(door: Door, said: Said, tmp_path: Path) -> None:
     """`mist demo` starts workers, an eval and more: the URL with its password reaches them another way."""
+    if door.login == ":{}":
+        pytest.skip("the same code as with a user's name")
     with Arguments() as arguments:
         env = {**os.environ, "MIST_URL": door.url(SECRET), "NO_COLOR": "1", "HOME": str(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-m", "mist", "demo"], env=env, capture_output=True, text=True, timeout=110, cwd=tmp_path,
+            [sys.executable, "-m", "mist", "demo", "--spans", "2000"], env=env, capture_output=True, text=True, timeout=110, cwd=tmp_path,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         time.sleep(0.02)
