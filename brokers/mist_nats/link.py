@@ -180,6 +180,7 @@ class Socket(asyncio.Protocol, nats.aio.transport.Transport):
     # --- ours ---
 
     def _reset(self) -> None:
+        self._transport = None  # the old one is gone: nobody may wait for it to close again
         self._lines = []
         self._greeted = False
         self._gone = asyncio.Event()

@@ -16,6 +16,7 @@ from .failover import cluster, failover
 from .full import c06
 from .fuzzing import c19
 from .model import c18
+from .moving import c27
 from .network import partitions, restarts
 from .slow import c14
 from .writers import c01, c07
@@ -77,6 +78,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C18r", "state machine on Redis", "examples", 20, 20_000, _on("redis", c18), needs=REDIS),
     Campaign("C19", "fuzz: envelope, subjects, URLs, lines", "inputs", 200_000, 10_000_000, c19),
     Campaign("C19b", "fuzz: the log's bytes", "inputs", 24_000, 10_000_000, fuzz_blocks),
+    Campaign("C27", "copy and mirror over every pair, both sides killed", "runs", 1, 50, c27, needs=NATS + REDIS),
     Campaign("C31", "bug bank", "bugs caught", 0, 0, _simulated(bugbank.c31, "caught")),
     Campaign("SOAK", "4 processes share a consumer", "records", 1, 1_000_000, soak),
 )
