@@ -6,7 +6,6 @@ import sys
 
 from mist_nats import wire
 from mist_nats.headers import read_header
-
 from tests.fuzz.driver import Target, main
 
 

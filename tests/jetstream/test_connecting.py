@@ -16,7 +16,6 @@ from pathlib import Path
 
 import nkeys
 import pytest
-from mist_nats.url import options
 
 import mist
 from mist.broker.base import Message
@@ -24,6 +23,7 @@ from mist.errors import InvalidArgument, MistError, NotAuthorised, Unavailable, 
 from mist.kit.local import free_port
 from mist.protocol.url import parse_url
 from mist.testing.servers import run_nats
+from mist_nats.url import options
 from tests.conftest import run
 
 

@@ -9,8 +9,8 @@ from importlib.metadata import version
 
 import nats.aio.client
 import pytest
-from mist_nats.link import RELIED_ON, VERSIONS, Link, Socket, version_of
 
+from mist_nats.link import RELIED_ON, VERSIONS, Link, Socket, version_of
 from tests.conftest import run
 
 

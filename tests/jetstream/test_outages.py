@@ -7,7 +7,6 @@ import secrets
 from collections import Counter
 
 import pytest
-from mist_nats import link
 
 import mist
 from mist.broker.base import Broker, Checkpoint, ConsumerConfig, Message, Stream, StreamConfig, header
@@ -16,6 +15,7 @@ from mist.errors import Ambiguous, MistError, PartialAppend, TimedOut, Unavailab
 from mist.kit.local import NatsServer
 from mist.protocol.subject import dead_stream
 from mist.testing.servers import run_nats, run_nats_cluster
+from mist_nats import link
 from tests.conftest import run
 from tests.jetstream.server import shared_url
 

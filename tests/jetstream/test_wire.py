@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mist_nats import wire
-from mist_nats.headers import ID, LINES_BYTES_MAX, QUIET_ID, message_lines, read_header
-from mist_nats.wire import Frame, Garbled, Splitter
 
 from mist.broker.base import HEADERS_BYTES_MAX, Headers, Message
 from mist.broker.deadletter import OURS
+from mist_nats import wire
+from mist_nats.headers import ID, LINES_BYTES_MAX, QUIET_ID, message_lines, read_header
+from mist_nats.wire import Frame, Garbled, Splitter
 
 LINE = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\r\n\x00"), max_size=40)
 NAME = LINE.filter(lambda t: bool(t) and ":" not in t)
