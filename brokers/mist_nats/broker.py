@@ -96,7 +96,7 @@ class NatsBroker(Broker):
         raw = info.config.name
         shared = self.shared.get(raw)
         if shared is not None and not shared.deleted:
-            meta = info.config.metadata or self.described(info.config.description)
+            meta = self.meta_of(info.config)
             fresh = (
                 Shared(self, raw, info)
                 if meta.get(META_INCARNATION, "") != (shared.incarnation if shared.ours else "")
@@ -197,10 +197,12 @@ class NatsBroker(Broker):
             raise translated(exc, f"stream {name}: making it") from exc
 
     @staticmethod
-    def described(description: str) -> dict[str, str]:
-        """Our metadata where the server (before 2.10) keeps none."""
+    def meta_of(conf: js.StreamConf) -> dict[str, str]:
+        """Our metadata of a stream, from its description where the server (before 2.10) keeps none; else nothing."""
+        if META_INCARNATION in conf.metadata:
+            return conf.metadata
         try:
-            found = json.loads(description)
+            found = json.loads(conf.description)
         except ValueError:
             return {}
         return found if isinstance(found, dict) and META_INCARNATION in found else {}

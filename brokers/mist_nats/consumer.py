@@ -77,7 +77,7 @@ GONE_S = 1.0
 class _Pull:
     """One request for deliveries."""
 
-    __slots__ = ("ahead", "box", "done", "ended", "got", "heard", "wanted")
+    __slots__ = ("ahead", "beats", "box", "done", "ended", "got", "heard", "wanted")
 
     def __init__(self, box: Inbox, wanted: int, done: asyncio.Future[None], now: float) -> None:
         self.box = box
@@ -87,6 +87,7 @@ class _Pull:
         self.ended = ""
         self.heard = now
         self.ahead = False
+        self.beats = False
 
 
 class Deliveries:
@@ -184,7 +185,7 @@ class Deliveries:
         if pull is None:
             return
         pull.heard = self._loop.time()
-        if code in (0, 100):
+        if code in (0, 100) or b"Batch Completed" in header:
             return
         text = wire.status_text(header)
         pull.ended = text
@@ -236,7 +237,7 @@ class Deliveries:
         self.link.send(wire.pub(self.subject, msgspec.json.encode(request), pull.box.subject))
 
     def _end(self, pull: _Pull) -> None:
-        if pull.ended:
+        if pull.ended and not (pull.beats and pull.ended == "full"):  # then a 409 Batch Completed follows
             self.link.release(pull.box)
         else:
             # The server drops a request whose inbox nobody listens on. What it sent before still comes.
@@ -268,7 +269,8 @@ class Deliveries:
         self._pulls.add(pull)
         ends = now + (wait_s + QUIET_S if waits else QUIET_S)
         timer = loop.call_at(ends, _settle, pull.done)
-        beat = loop.call_later(MISSED_S, self._listen, pull) if "idle_heartbeat" in request else None
+        pull.beats = "idle_heartbeat" in request
+        beat = loop.call_later(MISSED_S, self._listen, pull) if pull.beats else None
         link.send(wire.pub(self.subject, msgspec.json.encode(request), pull.box.subject))
         try:
             await pull.done

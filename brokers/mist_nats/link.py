@@ -26,7 +26,7 @@ from mist_nats import wire
 from mist_nats.wire import Fed, Frame, Garbled, Splitter
 
 RELIED_ON = {
-    "nats.aio.client.Client": ("connect", "close", "is_closed", "_transport", "_server_info", "_process_op_err"),
+    "nats.aio.client.Client": ("connect", "close", "_transport", "_server_info"),
     "nats.aio.transport.Transport": (
         "connect", "connect_tls", "write", "writelines", "read", "readline", "drain", "wait_closed", "close", "at_eof",
     ),

@@ -425,6 +425,9 @@ class Publisher:
             part = messages[start:end]
             try:
                 try:
+                    if last is not None and len(part) > 1 and not self.atomic:
+                        # a chain of conditions breaks at a known id: ask about them first
+                        raise ApiError(400, DUPLICATE_IN_BATCH, "not asked yet")
                     got = await self._once(part, last)
                 except ApiError as exc:
                     got = await self._careful(part, last, exc)

@@ -64,7 +64,7 @@ class Shared:
         self.api: Api = broker.api
         self.raw = raw
         """The server's name of it."""
-        meta = info.config.metadata or broker.described(info.config.description)
+        meta = broker.meta_of(info.config)
         self.ours = META_INCARNATION in meta
         self.incarnation = meta[META_INCARNATION] if self.ours else created_token(info.created)
         self.prefix = prefix(raw) if self.ours else ""
@@ -85,7 +85,7 @@ class Shared:
 
     def update(self, info: js.StreamInfo, meta: dict[str, str] | None = None) -> None:
         self.info = info
-        meta = info.config.metadata or self.broker.described(info.config.description) if meta is None else meta
+        meta = self.broker.meta_of(info.config) if meta is None else meta
         self.config, self.durability, self.warnings = self.broker.in_force(info, meta if self.ours else None)
         self.batched = info.config.allow_direct and self.api.link.version >= (2, 11)
         self.followable = info.config.retention == "limits"
@@ -155,7 +155,7 @@ class NatsStream(Stream):
                 self.shared.gone()
                 raise NotFound(f"stream {self.name} was deleted") from exc
             raise translated(exc, f"stream {self.name}") from exc
-        meta = info.config.metadata or self._broker.described(info.config.description)
+        meta = self._broker.meta_of(info.config)
         now = meta.get(META_INCARNATION) or created_token(info.created)
         if now != self.incarnation:
             self.shared.gone()

@@ -202,7 +202,7 @@ class Tail:
         elif code == 409 and b"MaxBytes" in header:
             self._one = b"Exceeds" in header
             self._asked = 0
-        elif code in (404, 408):
+        elif code in (404, 408) or b"Batch Completed" in header:
             self._asked = 0
         else:
             self.die()
