@@ -51,7 +51,7 @@ check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, dead links
 	@$(PY) scripts/check_links.py
 
 conform: $(STAMP)  ## the conformance suites over every broker and transport
-	@$(PY) -m pytest -q -n $(JOBS) tests/conformance $(ARGS)
+	@MIST_CONFORM_ALL=1 $(PY) -m pytest -q -n $(JOBS) tests/conformance $(ARGS)
 
 campaign-ci: $(STAMP)  ## the fault campaigns in their small sizes
 	$(if $(wildcard tests/campaigns/test_*.py),@MIST_CAMPAIGN=ci $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/campaigns $(ARGS),@echo "tests/campaigns holds no campaign yet")

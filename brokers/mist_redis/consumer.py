@@ -49,6 +49,8 @@ FETCH_MAX = 2000
 """Deliveries one request takes; a fetch gives no more."""
 WORTH = 32
 """Below so many records a request weighed by the largest is no shortcut."""
+LIGHT = 256 * 1024
+"""With records up to this size it costs nothing to speak of that a look brings the first and the last one into Lua."""
 SETTLE_MAX = 20_000
 """Ids one request settles, unless one call brings more under one token."""
 COUNT_ENTRIES_MAX = 100_000
@@ -56,6 +58,11 @@ COUNT_ENTRIES_MAX = 100_000
 PENDING_PIECE = 1000
 EXHAUSTED = "attempts used up"
 _pack = msgspec.msgpack.Encoder().encode
+
+
+def _seconds(due_ms: bytes) -> float:
+    """Until something is due, as the scripts say it; a millisecond more, because they round down."""
+    return max(int(due_ms), 0) / 1000 + 0.001 if due_ms else math.inf
 
 
 class _Stand(NamedTuple):
@@ -156,32 +163,37 @@ class RedisConsumer(Consumer):
             big = max(stream.big, 1)
             count = min(limit, stream.count(limit), max(1, bytes_max // big), self.config.pending_max)
             if count >= min(limit, self.config.pending_max, WORTH):
-                out = await self._shortcut(count, big)
-                if out:
-                    return out, None
+                out, stand = await self._shortcut(count, big)
+                if out or stand is not None:
+                    return out, stand
         return await self._carefully(limit, bytes_max)
 
-    async def _shortcut(self, count: int, big: int) -> list[Delivery]:
-        """New records in one round trip, when nothing stands against it."""
+    async def _shortcut(self, count: int, big: int) -> tuple[list[Delivery], _Stand | None]:
+        """New records in one round trip, or where we stand at the end; neither when something stands against it."""
         stream = self._stream
         commands: list[Command] = [
             ("MULTI",),
             whole("guard", stream.keys, *self._known, count, big),
             ("XREADGROUP", "GROUP", self.name, "mist", "COUNT", count, "STREAMS", stream.key, ">"),
-            whole("release", stream.keys, self.name),
+            whole("release", stream.keys, self.name, "1" if big < LIGHT else ""),
             ("EXEC",),
         ]
         replies = await self._ask(commands, "fetch", repeat=False)
-        guard, got, _ = replies[-1]
+        guard, got, stands = replies[-1]
         if isinstance(guard, ReplyError):
             raise translate(guard, self._what("fetch")) from guard
         self._check(guard)
         if isinstance(got, ReplyError):
             raise translate(got, self._what("fetch")) from got
-        if not got or guard[0] != b"ok":
-            return []
+        if guard[0] != b"ok":
+            return [], None
+        if not got:
+            if not isinstance(stands, list):
+                return [], None
+            last_id, wake, due_ms = stands
+            return [], _Stand(last_id.decode(), wake.decode(), _seconds(due_ms), True)
         token = f"1.{guard[2].decode()}.{guard[1].decode()}.{self._born}"
-        return [Delivery(r, 1, token) for r in stream.records(got[0][1])]
+        return [Delivery(r, 1, token) for r in stream.records(got[0][1])], None
 
     async def _carefully(self, limit: int, bytes_max: int) -> tuple[list[Delivery], _Stand | None]:
         """Due ones first, then new ones: look, read, and take what fits."""
@@ -195,7 +207,7 @@ class RedisConsumer(Consumer):
             # the exhausted first and alone: burying awaits, and a delivery must never be held over an await
             await self._bury_spent(spent)
             return [], None
-        due_s = max(int(due_ms), 0) / 1000 + 0.001 if due_ms else math.inf
+        due_s = _seconds(due_ms)
         records, gone = await self._read(due)
         if gone:
             await self._ask([("XACK", stream.key, self.name, *gone)], "fetch")

@@ -38,6 +38,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     replicas: int = 0
     replicas_min: int = 0
     waitaof: bool = False
+    """Whether it can tell that a write is on the disk (never with appendfsync no)."""
     hidden: bool = False
     """It did not let us see its settings."""
     server: str = ""
@@ -70,8 +71,8 @@ def facts(replies: list[Any]) -> Facts:
     return Facts(
         aof=aof, fsync=config.get("appendfsync", ""), saves=bool(config.get("save")),
         policy=config.get("maxmemory-policy", ""), replicas=int(replication.get("connected_slaves", "0")),
-        replicas_min=int(config.get("min-replicas-to-write", "0")), waitaof=known and aof, hidden=hidden,
-        server=_version(server),
+        replicas_min=int(config.get("min-replicas-to-write", "0")),
+        waitaof=known and aof and config.get("appendfsync") != "no", hidden=hidden, server=_version(server),
     )  # fmt: skip
 
 

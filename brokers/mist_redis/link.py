@@ -63,7 +63,7 @@ class Link:
             return self._moved[slot]
         try:
             node = cluster.get_node_from_key(key if isinstance(key, str) else key.decode("utf-8", "surrogateescape"))
-        except (theirs.RedisError, KeyError, IndexError) as exc:
+        except (theirs.RedisError, theirs.RedisClusterException, KeyError, IndexError) as exc:
             raise Unavailable(f"redis: no server of the cluster has slot {slot}") from exc
         if node is None:
             raise Unavailable(f"redis: no server of the cluster has slot {slot}")
@@ -114,7 +114,7 @@ class Link:
                 )  # fmt: skip
                 try:
                     await cluster.initialize()
-                except (theirs.RedisError, OSError) as exc:
+                except (theirs.RedisError, theirs.RedisClusterException, OSError) as exc:
                     await cluster.aclose()
                     raise connecting(exc, "the cluster") from exc
                 self._cluster = cluster

@@ -167,7 +167,10 @@ def run_redis_pair(*, flavour: str = "", appendfsync: str = "always") -> Iterato
     """A primary and its replica."""
     with _directory("redis-pair") as folder:
         try:
-            primary = redis_server(folder / "primary", flavour=flavour, appendfsync=appendfsync)
+            primary = redis_server(
+                folder / "primary", flavour=flavour, appendfsync=appendfsync,
+                extra=["--repl-diskless-sync-delay", "0"],  # by default a replica is let wait for others, 5 s
+            )  # fmt: skip
             replica = redis_server(
                 folder / "replica", flavour=flavour, appendfsync=appendfsync,
                 extra=["--replicaof", "127.0.0.1", str(primary.port)],

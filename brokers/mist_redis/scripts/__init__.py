@@ -16,7 +16,14 @@ _NAMES = (
 _folder = files(__name__)
 _PRELUDE = (_folder / "prelude.lua").read_text()
 
-TEXTS: dict[str, str] = {name: _PRELUDE + (_folder / f"{name}.lua").read_text() for name in _NAMES}
+
+def _short(text: str) -> str:
+    """Without comments and indentation: some scripts travel whole with every call."""
+    lines = (line.strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("--")) + "\n"
+
+
+TEXTS: dict[str, str] = {name: _short(_PRELUDE + (_folder / f"{name}.lua").read_text()) for name in _NAMES}
 SHAS: dict[str, str] = {name: sha1(text.encode(), usedforsecurity=False).hexdigest() for name, text in TEXTS.items()}
 SCRIPTS: dict[str, str] = {SHAS[name]: text for name, text in TEXTS.items()}
 

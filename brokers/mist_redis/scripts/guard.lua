@@ -8,8 +8,9 @@ local g = call('HMGET', G, 'born', 'seeks', 'moved', 'due_at', 'most')
 local function no(why)
   local id, read = cursor(name)
   if id then
-    call('HSET', G, 'held', id, 'held_read', read == nil and '' or tostring(read))
+    -- in this order: a server without memory refuses a script's first write when it stores, and no later one
     set_cursor(name, TOP .. '-' .. TOP, read)
+    call('HSET', G, 'held', id, 'held_read', read == nil and '' or tostring(read))
   end
   return {why}
 end

@@ -29,7 +29,7 @@ if count > 0 then
     end
     -- looking through all leases costs; after one look the next waits a little
     if not more and #due == 0 then
-      call('HSET', G, 'due_at', text(clock + math.min(math.max(math.floor(ack / 20), 5), 500)))
+      pcall_('HSET', G, 'due_at', text(clock + math.min(math.max(math.floor(ack / 20), 5), 500)))
     end
   end
   table.sort(due, function(a, b) return before(a[1], b[1]) end)
