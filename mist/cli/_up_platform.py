@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from mist.broker.base import Broker, Stream, StreamConfig
-from mist.errors import Internal, InvalidArgument, MistError, NotFound, TimedOut
+from mist.errors import Internal, InvalidArgument, MistError, NotFound, TimedOut, Unavailable
 from mist.kit.retry import RetryPolicy
 from mist.transport.server import App, AppServer, Receive, Scope, Send
 
@@ -67,7 +67,11 @@ class Health:
                 await tool.doors[path](scope, receive, send)
                 return
         headers: list[tuple[bytes, bytes]] = []
-        if path not in ("/healthz", "/readyz"):
+        if path not in ("/healthz", "/readyz") and not self.all_ready:
+            # a door may be about to open there: a sender that was told 404 would give up
+            status, body = 503, Unavailable("not everything is ready yet", hint="GET /readyz").to_wire()
+            headers.append((b"retry-after", b"1"))
+        elif path not in ("/healthz", "/readyz"):
             known = ["/healthz", "/readyz", *(p for t in self.tools.values() for p in t.doors)]
             status, body = 404, NotFound(f"nothing is served at {path}", hint=", ".join(known)).to_wire()
         elif scope["method"] not in ("GET", "HEAD"):
@@ -82,6 +86,10 @@ class Health:
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else data})
+
+    @property
+    def all_ready(self) -> bool:
+        return self.broker is not None and all(tool.ready.is_set() for tool in self.tools.values())
 
     async def report(self) -> dict[str, Any]:
         """`{"ready", "reason", "broker_ms", "tools": {name: {"ready", "reason", …facts}}}`."""

@@ -24,7 +24,7 @@ from mist.cli import _up_platform
 from mist.cli._up_platform import Health, Platform
 from mist.cli.run import AGAIN_S
 from mist.errors import Conflict, Internal, TimedOut, Unavailable
-from mist.kit.local import LocalServer
+from mist.kit.local import LocalServer, free_port
 from mist.protocol.codec import encode
 from mist.protocol.payloads import TraceSpan
 from mist.testing.servers import MissingServer, run_nats, run_redis
@@ -261,7 +261,8 @@ async def platform(
     said: list[str] = []
     stop = asyncio.Event()
     ready = asyncio.Event()
-    seen: dict[str, Any] = {"stop": stop, "ready": ready, "said": said}
+    port = free_port()
+    seen: dict[str, Any] = {"stop": stop, "ready": ready, "said": said, "port": port}
     broker = mist.connect("memory:")
 
     async def connected() -> Broker:
@@ -273,7 +274,7 @@ async def platform(
 
     running = asyncio.create_task(
         _up_platform.run(
-            connect or connected, tools, stream="s", host="127.0.0.1", port=0, wait_s=wait_s, stop=stop,
+            connect or connected, tools, stream="s", host="127.0.0.1", port=port, wait_s=wait_s, stop=stop,
             say=said.append, on_ready=on_ready,
         )
     )  # fmt: skip
@@ -325,6 +326,37 @@ def test_a_tool_is_started_again_after_an_error_worth_it() -> None:
     assert reports[0]["ready"] is False
     assert reports[0]["reason"] == "not ready: shaky"
     assert reports[0]["tools"]["patient"]["ready"] is True
+
+
+def test_a_door_that_is_not_open_yet_is_no_404() -> None:
+    """Before its tool is ready, and while it is down, a sender is told to come back."""
+    answers: list[tuple[int, str | None]] = []
+    go = asyncio.Event()
+
+    async def slow(here: Platform) -> None:
+        await go.wait()
+        await patient(here)
+
+    async def ask(url: str) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await client.post(f"{url}/mist", content=b"{}")
+            answers.append((answer.status_code, answer.headers.get("retry-after")))
+
+    async def act(seen: dict[str, Any]) -> None:
+        port = seen["port"]
+        while not answers:
+            try:
+                await ask(f"http://127.0.0.1:{port}")
+            except httpx.TransportError:
+                await asyncio.sleep(0.01)
+        go.set()
+        await seen["ready"].wait()
+        await ask(seen["url"])
+        seen["stop"].set()
+
+    error, _ = run(platform({"slow": slow}, act))
+    assert error is None
+    assert answers == [(503, "1"), (404, None)]
 
 
 def test_a_tool_that_cannot_go_on_takes_all_down_in_order() -> None:
