@@ -460,6 +460,10 @@ class Checker:
                 previous = s
                 if s >= self._first and self._at.get(s) != message:
                     self._broken("replay", f"{page.reader}: {message} at {s}, at the end {self._at.get(s)} is there")
+            if self._dense and previous != page.scanned:
+                self._broken(
+                    "page", f"{page.reader}: {page.scanned} is scanned, the page after {page.after} ends at {previous}"
+                )
             if not page.after <= page.scanned <= page.last:
                 self._broken("page", f"{page.reader}: after {page.after}, scanned {page.scanned}, last {page.last}")
 

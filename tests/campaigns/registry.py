@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from . import bugbank, faults
+from .adapters import c31b
 from .blocks import fuzz_blocks
 from .campaign import Campaign, Report, Run
 from .checkpoints import c08
@@ -80,6 +81,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C19b", "fuzz: the log's bytes", "inputs", 24_000, 10_000_000, fuzz_blocks),
     Campaign("C27", "copy and mirror over every pair, both sides killed", "runs", 1, 50, c27, needs=NATS + REDIS),
     Campaign("C31", "bug bank", "bugs caught", 0, 0, _simulated(bugbank.c31, "caught")),
+    Campaign("C31b", "bug bank of the adapters", "bugs caught", 0, 0, c31b, needs=("nats", "redis")),
     Campaign("SOAK", "4 processes share a consumer", "records", 1, 1_000_000, soak),
 )
 

@@ -24,7 +24,15 @@ SMALL = {"segment_bytes": 256 * 1024, "dedupe_ids_max": 1_000_000, "dedupe_windo
 
 QUICK: dict[str, dict[str, Any]] = {
     "log": {},
-    "nats": {"mist_nats.link:CALL_S": 2.0, "mist_nats.link:PING_S": 0.5},
+    "nats": {
+        **{
+            f"mist_nats.{m}:CALL_S": 2.0
+            for m in ("link", "api", "broker", "checkpoints", "consumer", "direct", "publish", "stream")
+        },
+        "mist_nats.link:PING_S": 0.5,
+        **{f"mist_nats.{m}:BEAT_S": 0.5 for m in ("consumer", "tail")},
+        **{f"mist_nats.{m}:MISSED_S": 1.5 for m in ("consumer", "tail")},
+    },
     "redis": {},
 }
 """Timeouts, shortened so that a round can outlast them: module constants of the adapters, set in every child."""
