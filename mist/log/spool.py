@@ -14,7 +14,7 @@ Promises
   opens the spool next, or `mist spool flush`.
 
 Does not: read. A stream here is for publishing; reading, consumers, positions and trims go to the broker behind, and are
-refused here as capabilities that are not declared. ADR 12 says why.
+refused here as capabilities that are not declared. ADR 13 says why.
 """
 
 from __future__ import annotations

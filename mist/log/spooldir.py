@@ -25,7 +25,8 @@ from mist.protocol.subject import encode_token
 from mist.protocol.url import Url, parse_url, redact
 
 PREFIX = "spool+"
-PARAMETERS = frozenset({"spool", "spool_bytes", "spool_full", "spool_drain"})
+PARAMETERS = frozenset({"spool", "spool_bytes", "spool_full", "spool_drain", "stream", "subject", "consumer"})
+"""Ours, and those that name something behind a broker: none of them is the broker's own."""
 VARIABLE = "MIST_SPOOL"
 S = TypeVar("S", bound=Struct)
 

@@ -63,6 +63,7 @@ class Move:
         self._process: subprocess.Popen[bytes] | None = None
         self.done = False
         self.failed = ""
+        self._begun = 0.0
 
     def start(self, *, last: bool = False) -> None:
         argv = [sys.executable, "-m", "mist", self.verb, self.source, self.target, "-q", "--timeout", str(FINISH_S)]
@@ -74,6 +75,11 @@ class Move:
                 argv, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
         self.done = False
+        self._begun = time.monotonic()
+
+    def age_s(self) -> float:
+        """For how long it has run: half a second of it is spent on starting Python."""
+        return time.monotonic() - self._begun
 
     def look(self) -> bool:
         """Whether it runs. A command that ended by itself has done its work or failed."""
@@ -158,7 +164,6 @@ class _Round:
             )
             for verb in ("copy", "mirror") for a in KINDS for b in KINDS
         ]  # fmt: skip
-        self._begun = 0.0
 
     async def run(self) -> None:
         for kind in KINDS:
@@ -171,18 +176,13 @@ class _Round:
                         await self._make(broker, f"{verb}-{a}-{kind}", config)
         waiting = list(self.moves)
         self.rng.shuffle(waiting)
-        more = asyncio.create_task(self._add_more())
-        try:
-            until = time.monotonic() + CHAOS_S
-            while waiting or time.monotonic() < until:
-                if waiting:
-                    waiting.pop().start()
-                await asyncio.sleep(self.rng.uniform(0.1, 0.6))
-                await self._strike()
-            await more
-        finally:
-            more.cancel()
-            await asyncio.gather(more, return_exceptions=True)
+        for move in waiting:
+            move.start()
+        until = time.monotonic() + CHAOS_S
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._add_more())
+            group.create_task(self._kill_servers(until))
+            group.create_task(self._kill_commands(until))
         await self._finish()
         await self._judge()
 
@@ -207,37 +207,36 @@ class _Round:
     async def _connect(self, kind: str) -> Broker:
         return await connect(self.urls[kind])
 
-    async def _strike(self) -> None:
-        """Kill something and start it again."""
-        dice = self.rng.random()
-        if dice < 0.2:
+    async def _kill_servers(self, until: float) -> None:
+        while time.monotonic() < until:
+            await asyncio.sleep(self.rng.uniform(0.3, 2.0))
             kind = self.rng.choice(sorted(self.servers))
             server = self.servers[kind]
             server.kill()
             self.trial.add(**{f"{kind}_killed": 1})
             await asyncio.sleep(self.rng.choice((0.0, 0.2, 1.0)))
             await asyncio.to_thread(server.start)
-            return
-        move = self.rng.choice(self.moves)
-        if move.kill():
-            self.trial.add(commands_killed=1)
-            await asyncio.sleep(self.rng.choice((0.0, 0.0, 0.3)))
-            move.start()
+
+    async def _kill_commands(self, until: float) -> None:
+        while time.monotonic() < until:
+            await asyncio.sleep(self.rng.uniform(0.05, 0.4))
+            move = self.rng.choice(self.moves)
+            if move.age_s() > self.rng.uniform(0.5, 3.0) and move.kill():
+                self.trial.add(commands_killed=1)
+                move.start()
 
     async def _finish(self) -> None:
-        """Let the copies end; kill the mirrors, which have no end, and let them catch up; then copy what came since."""
+        """Let the copies end, and kill the mirrors, which have no end; then each once more, for what came since."""
         until = time.monotonic() + FINISH_S
-        for last in (False, True):
-            for move in self.moves:
-                if move.verb == "mirror" or last:
-                    move.kill()
-                    move.start(last=True)
-                # two at a time on a small machine
-                if last:
-                    await asyncio.to_thread(move.finish, until)
-            if not last:
-                for move in self.moves:
-                    await asyncio.to_thread(move.finish, until)
+        for move in self.moves:
+            if move.verb == "mirror":
+                move.kill()
+            else:
+                await asyncio.to_thread(move.finish, until)
+        for move in self.moves:  # one at a time: a machine with two cores has other work too
+            if not move.failed:
+                move.start(last=True)
+                await asyncio.to_thread(move.finish, time.monotonic() + FINISH_S)
         for move in self.moves:
             if move.failed:
                 self.trial.fail(move.failed)
