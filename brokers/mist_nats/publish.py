@@ -115,7 +115,8 @@ class Window:
                 self._fail(segment, Lost("cancelled"))
             raise
         finally:
-            timer.cancel()
+            if segment.done.done():  # else its caller was cancelled, and what was sent still ends in time
+                timer.cancel()
         return segment
 
     async def finish(self) -> None:
