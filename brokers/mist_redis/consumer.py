@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -49,6 +49,8 @@ FETCH_MAX = 2000
 """Deliveries one request takes; a fetch gives no more."""
 WORTH = 32
 """Below so many records a request weighed by the largest is no shortcut."""
+HALVES = 512
+"""From so many on a fetch is asked for in two halves."""
 LIGHT = 256 * 1024
 """With records up to this size it costs nothing to speak of that a look brings the first and the last one into Lua."""
 SETTLE_MAX = 20_000
@@ -108,11 +110,13 @@ class RedisConsumer(Consumer):
             raise NotFound(f"consumer {self.name} of stream {self.stream} was deleted")
         self._stream.check(answer)
 
-    async def _ask(self, commands: list[Command], doing: str, *, repeat: bool = True) -> list[Any]:
+    async def _ask(
+        self, commands: list[Command], doing: str, *, repeat: bool = True, begun: Callable[[], None] | None = None
+    ) -> list[Any]:
         self._stream.broker.check_open()
         what = self._what(doing)
         try:
-            return await self._stream.broker.link.run(self._stream.key, commands, what=what, repeat=repeat)
+            return await self._stream.broker.link.run(self._stream.key, commands, what=what, repeat=repeat, begun=begun)
         except (Lost, NotSent) as exc:
             raise Unavailable(f"{what}: {exc}", hint="what was handed out comes again after ack_wait_s") from exc
 
@@ -163,12 +167,41 @@ class RedisConsumer(Consumer):
             big = max(stream.big, 1)
             count = min(limit, stream.count(limit), max(1, bytes_max // big), self.config.pending_max)
             if count >= min(limit, self.config.pending_max, WORTH):
-                out, stand = await self._shortcut(count, big)
+                out, stand = await (self._in_halves if count >= HALVES else self._shortcut)(count, big)
                 if out or stand is not None:
                     return out, stand
         return await self._carefully(limit, bytes_max)
 
-    async def _shortcut(self, count: int, big: int) -> tuple[list[Delivery], _Stand | None]:
+    async def _in_halves(self, count: int, big: int) -> tuple[list[Delivery], _Stand | None]:
+        """The same for many: the second half is asked for when the first begins to arrive, so that the server works on
+        it while we unpack."""
+        loop = asyncio.get_running_loop()
+        later: list[asyncio.Task[tuple[list[Delivery], _Stand | None]]] = []
+        half = count // 2
+
+        def begun() -> None:
+            later.append(loop.create_task(self._shortcut(count - half, big)))
+
+        try:
+            out, stand = await self._shortcut(half, big, begun)
+        except BaseException:
+            for task in later:
+                self._stream.broker.spawn(task)
+            raise
+        if later:
+            try:
+                more, stand_later = await later[0]
+            except MistError:
+                if not out:
+                    raise
+                return out, None  # what came is whole; the next fetch meets the error
+            out += more
+            stand = stand_later if stand is not None else None
+        return out, stand
+
+    async def _shortcut(
+        self, count: int, big: int, begun: Callable[[], None] | None = None
+    ) -> tuple[list[Delivery], _Stand | None]:
         """New records in one round trip, or where we stand at the end; neither when something stands against it."""
         stream = self._stream
         commands: list[Command] = [
@@ -178,7 +211,7 @@ class RedisConsumer(Consumer):
             whole("release", stream.keys, self.name, "1" if big < LIGHT else ""),
             ("EXEC",),
         ]
-        replies = await self._ask(commands, "fetch", repeat=False)
+        replies = await self._ask(commands, "fetch", repeat=False, begun=begun)
         guard, got, stands = replies[-1]
         if isinstance(guard, ReplyError):
             raise translate(guard, self._what("fetch")) from guard

@@ -9,7 +9,7 @@ server; one whose reply was lost is not, unless the caller says that it may be (
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis import exceptions as theirs
@@ -186,6 +186,7 @@ class Link:
         timeout_s: float = 0.0,
         address: Address | None = None,
         raw: bool = False,
+        begun: Callable[[], None] | None = None,
     ) -> list[Any]:
         """The replies to these commands, in order; the first error among them raised in our words unless `raw`.
 
@@ -205,7 +206,7 @@ class Link:
                 raise
             sent = [c for command in commands for c in (("ASKING",), command)] if asking else commands
             try:
-                replies = await wire.call(pack(sent), len(sent), timeout_s or self.settings.timeout_s)
+                replies = await wire.call(pack(sent), len(sent), timeout_s or self.settings.timeout_s, begun)
             except NotSent:
                 continue  # it ended between looking and sending; nothing was sent
             except Lost:

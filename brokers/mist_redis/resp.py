@@ -33,9 +33,12 @@ def pack(commands: Sequence[Command]) -> bytes:
 
 
 class _Call:
-    __slots__ = ("count", "deadline", "future", "replies")
+    __slots__ = ("begun", "count", "deadline", "future", "replies")
 
-    def __init__(self, future: asyncio.Future[list[Any]], count: int, deadline: float) -> None:
+    def __init__(
+        self, future: asyncio.Future[list[Any]], count: int, deadline: float, begun: Callable[[], None] | None
+    ) -> None:
+        self.begun = begun
         self.future = future
         self.count = count
         self.deadline = deadline
@@ -66,14 +69,16 @@ class Wire(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
-    def call(self, frame: bytes, count: int, timeout_s: float) -> asyncio.Future[list[Any]]:
+    def call(
+        self, frame: bytes, count: int, timeout_s: float, begun: Callable[[], None] | None = None
+    ) -> asyncio.Future[list[Any]]:
         """Send commands; the future holds their `count` replies (an error reply is a value, not raised). It fails with
-        Lost, or NotSent."""
+        Lost, or NotSent. `begun` is called when the first bytes of a reply arrive: the server is free again."""
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         if self._transport is None or self._transport.is_closing():
             future.set_exception(NotSent("not connected"))
             return future
-        self._calls.append(_Call(future, count, self._loop.time() + timeout_s))
+        self._calls.append(_Call(future, count, self._loop.time() + timeout_s, begun))
         if self._timer is None:
             self._timer = self._loop.call_later(timeout_s, self._tick)
         self._transport.write(frame)
@@ -83,6 +88,9 @@ class Wire(asyncio.Protocol):
         reader, calls = self._reader, self._calls
         try:
             reader.feed(data)
+            if calls and calls[0].begun is not None:
+                begun, calls[0].begun = calls[0].begun, None
+                begun()
             while True:
                 reply = reader.gets()
                 if reply is False:
