@@ -63,8 +63,19 @@ SETTINGS = (
     Setting("NATS", "sync_interval 2m (its default)", False, lambda d: nats_server(d, sync_interval='"2m"'), {}),
     Setting("NATS", "sync_interval always", True, lambda d: nats_server(d, sync_interval="always"), {}),
     Setting("Redis", "appendfsync everysec", False, lambda d: redis_server(d, appendfsync="everysec"), {}),
+    Setting(
+        "Redis",
+        "everysec, stream asks for power (WAITAOF)",
+        True,
+        lambda d: redis_server(d, appendfsync="everysec"),
+        {"durability": "power"},
+    ),
     Setting("Redis", "appendfsync always", True, lambda d: redis_server(d, appendfsync="always"), {}),
 )
+
+
+class Refused(Exception):
+    """The backend says that it cannot promise this."""
 
 
 class Outcome(NamedTuple):
@@ -102,7 +113,8 @@ def cut(setting: Setting, folder: Path, seconds: float, seed: int, *, share: flo
             })  # fmt: skip
             time.sleep(random.Random(seed).uniform(0.5, 1.5) * seconds)
             if not writer.alive:
-                raise AssertionError(f"the writer has ended: {writer.output()}")
+                said = writer.output().strip().splitlines()[-1]
+                raise (Refused if "InvalidArgument" in said else AssertionError)(said)
             happened = disk.cut(share=share, seed=seed)
             writer.kill()
         finally:
@@ -193,7 +205,11 @@ def main(argv: list[str] | None = None) -> int:
         for number in range(0 if s.name in unusable else args.rounds):
             folder = base / f"{i}-{number}"
             here = random.Random(f"{seed} {s.name} {number}").getrandbits(32)
-            o = cut(s, folder, args.seconds, here, share=0.5 if number % 2 else 0.0)
+            try:
+                o = cut(s, folder, args.seconds, here, share=0.5 if number % 2 else 0.0)
+            except Refused as exc:
+                unusable[s.name] = f"refused: {exc}"
+                break
             outcomes[s.name].append(o)
             bad = bool(o.other) or (s.power and o.lost > 0)
             broken = broken or bad
