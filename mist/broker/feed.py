@@ -24,11 +24,12 @@ import hashlib
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import msgspec
 from msgspec import Struct
 
-from mist.broker.base import DEFAULTS, Checkpoint, Checkpoints, Message, Record, Stream, check_messages
+from mist.broker.base import DEFAULTS, Checkpoint, Checkpoints, Message, Record, Stream
 from mist.broker.patience import Patience
 from mist.errors import (
     Ambiguous,
@@ -50,6 +51,7 @@ RACES_MAX = 100
 _UNSURE = (Ambiguous, TimedOut, TransportError)
 _GUILTY = (TooLarge, InvalidArgument)
 _PAGE = 1000
+_id = attrgetter("id")
 
 
 class Place(Struct, frozen=True):
@@ -192,9 +194,9 @@ class Feed:
         if not self._begun:
             await self.begin()
         if not self._former:
-            return await self._accept(messages)
+            return await self._store(messages)
         out = [REPEATED if self._there(m) else None for m in messages]
-        stored = iter(await self._accept([m for m, there in zip(messages, out, strict=True) if there is None]))
+        stored = iter(await self._store([m for m, there in zip(messages, out, strict=True) if there is None]))
         return [next(stored) if there is None else there for there in out]
 
     def _there(self, message: Message) -> bool:
@@ -202,17 +204,6 @@ class Feed:
         sequence = self._former.find(message)
         self.at = max(self.at, sequence)
         return bool(sequence)
-
-    async def _accept(self, messages: Sequence[Message]) -> list[int]:
-        """Leave out what can be seen not to fit."""
-        try:
-            check_messages(messages, self.stream.size_bytes_max)
-        except _GUILTY as exc:
-            if len(messages) == 1:
-                return [self._refuse(messages[0], exc)]
-            half = len(messages) // 2
-            return await self._accept(messages[:half]) + await self._accept(messages[half:])
-        return await self._store(messages)
 
     def _refuse(self, message: Message, error: MistError) -> int:
         if self._on_refused is not None:
@@ -224,7 +215,7 @@ class Feed:
         races = 0
         while len(out) < len(messages):
             rest = messages[len(out) :] if out else messages
-            guarded = self._conditional and not (self._compares_ids and all(m.id for m in rest))
+            guarded = self._conditional and not (self._compares_ids and "" not in map(_id, rest))
             error: MistError
             try:
                 # without a condition the argument is left out: who does not have it refuses it
@@ -275,6 +266,9 @@ class Feed:
 
     def _known(self, sequences: Sequence[int]) -> list[int]:
         """The answer of an append: what is not new was there before."""
+        if sequences and sequences[0] > self.last and len(set(sequences)) == len(sequences):
+            self.last = self.at = sequences[-1]
+            return list(sequences)
         out = []
         for sequence in sequences:
             if sequence > self.last:

@@ -124,6 +124,9 @@ class Scan:
         self._from_start = False
         test = self._wanted.test
         views: list[View] = []
+        if test is None and page.records and (end is None or page.records[-1].sequence <= end):
+            at = max(page.scanned, self.position)
+            return list(map(View, page.records)), at if end is None else min(at, end)
         for record in page.records:
             if end is not None and record.sequence > end:
                 return views, end

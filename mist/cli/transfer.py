@@ -31,7 +31,7 @@ from msgspec import Struct
 
 from mist.broker.again import again
 from mist.broker.base import Broker, Headers, Message, Record, Stream
-from mist.broker.feed import REFUSED, Feed, Place, Places
+from mist.broker.feed import REPEATED, Feed, Place, Places
 from mist.broker.patience import Patience, Steady
 from mist.cli.filestream import FileStream
 from mist.cli.records import View
@@ -130,11 +130,12 @@ class StreamSink(Sink):
         self._places = Places(broker.checkpoints, stream.name)
         self._kept: Place | None = None
         self._back = ReadBack(Steady(stream, patience), self.name)
-        self._sources: dict[int, int] = {}
+        self._putting: tuple[Sequence[Record], list[Message]] = ((), [])
 
     def _refused(self, message: Message, error: MistError) -> None:
         self.refused += 1
-        self._refusals(self._sources.get(id(message), 0), error)
+        records, messages = self._putting
+        self._refusals(next(r.sequence for r, m in zip(records, messages, strict=True) if m is message), error)
 
     async def place(self, key: str) -> Place | None:
         self._kept = await self._patience(lambda: self._places.load(key))
@@ -143,13 +144,15 @@ class StreamSink(Sink):
 
     async def put(self, records: Sequence[Record]) -> None:
         messages = [Message(r.subject, r.data, r.id, r.headers) for r in records]
-        self._sources = {id(m): r.sequence for m, r in zip(messages, records, strict=True)}
+        self._putting = (records, messages)
         answer = await self._feed.put(messages)
-        fresh = [(r, s) for r, s in zip(records, answer, strict=True) if s > 0]
-        self.stored += len(fresh)
-        self.repeated += len(records) - len(fresh) - answer.count(REFUSED)
-        if fresh:
-            await self._back.expect([r for r, _ in fresh], [s for _, s in fresh])
+        if answer and min(answer) <= 0:
+            self.repeated += answer.count(REPEATED)
+            records = [r for r, s in zip(records, answer, strict=True) if s > 0]
+            answer = [s for s in answer if s > 0]
+        self.stored += len(answer)
+        if answer:
+            await self._back.expect(records, answer)
 
     async def save(self, key: str, place: Place) -> None:
         # somebody else's row means that the same command runs twice: neither could promise anything
@@ -254,7 +257,10 @@ class ReadBack:
                 page = await self._stream.read(after=after, limit=PAGE)
             except SequenceExpired:
                 return None
-            out += [r for r in page.records if r.sequence in wanted]
+            found = page.records
+            if len(found) != len(sequences) or found[0].sequence != sequences[0] or found[-1].sequence != last:
+                found = [r for r in found if r.sequence in wanted]
+            out += found
             if page.scanned <= after:
                 break
             after = page.scanned

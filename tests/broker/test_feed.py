@@ -12,7 +12,7 @@ from conftest import run
 
 import mist
 from mist.broker.backoff import Backoff
-from mist.broker.base import Message, Record, Stream, StreamConfig
+from mist.broker.base import Message, Record, Stream, StreamConfig, check_messages
 from mist.broker.feed import REFUSED, REPEATED, Feed, Place, Places
 from mist.broker.patience import Patience, Steady
 from mist.errors import (
@@ -152,6 +152,7 @@ def test_what_does_not_fit_is_passed_over_alone() -> None:
 
     class Choosy(Steady):
         async def append(self, messages: Sequence[Message], *, expected_last: int | None = None) -> list[int]:
+            check_messages(messages, 10)
             if any(m.subject == "not.there" for m in messages):
                 raise InvalidArgument("no such subject in this stream")
             return await self.stream.append(messages, expected_last=expected_last)
@@ -159,7 +160,6 @@ def test_what_does_not_fit_is_passed_over_alone() -> None:
     async def body() -> None:
         async with mist.connect("memory:") as broker:
             stream = Choosy(await broker.open("t"), patience())
-            stream.size_bytes_max = 10
             told: list[tuple[bytes, str]] = []
             feed = Feed(stream, patience(), on_refused=lambda m, e: told.append((m.data, e.code)))
             answer = await feed.put(

@@ -16,7 +16,7 @@ from log import shaky
 import mist.broker.memory as memory
 from cli.conftest import Cli, content, envelope, fill, message, records
 from mist.broker import registry
-from mist.broker.base import Message, Page, Record, StreamConfig, StreamInfo
+from mist.broker.base import Message, Page, Record, StreamConfig, StreamInfo, check_messages
 from mist.broker.feed import Places
 from mist.broker.patience import Patience, Steady
 from mist.cli import transfer
@@ -133,7 +133,13 @@ def test_what_a_destination_does_not_take_is_told_and_counted(
 ) -> None:
     """Records above its limit: the first ones by sequence, then a count, and exit code 9; the others are there."""
     fill(log, "s", [Message("a", b"x" * (300 if n % 4 == 0 else 10), f"i{n}") for n in range(1, 101)])
-    monkeypatch.setattr(LogStream, "size_bytes_max", 100)
+    real = LogStream.append
+
+    async def append(self: LogStream, messages: Any, *, expected_last: int | None = None) -> list[int]:
+        check_messages(messages, 100)
+        return await real(self, messages, expected_last=expected_last)
+
+    monkeypatch.setattr(LogStream, "append", append)
     result = cli("-u", log, "copy", "s", other, "-j")
     assert result.code == 9
     assert (result.json["stored"], result.json["refused"]) == (75, 25)
