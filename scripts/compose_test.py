@@ -1,8 +1,9 @@
 """Run compose/ for real: `make compose-test`.
 
-Starts the servers of the tests through testcontainers; brings up compose.yaml and compose.cluster.yaml, waits for health, posts spans through the door, runs `mist demo` over NATS
-and over Redis, kills servers with SIGKILL in the middle, counts, and brings everything down again with its volumes. Base
-images that the engine does not hold are not pulled but stood in for (scripts/stand_ins.py), and removed at the end.
+Starts the servers of the tests through testcontainers; brings up compose.yaml and compose.cluster.yaml, waits for health,
+posts spans through the door, runs `mist demo` over NATS and over Redis, kills servers with SIGKILL in the middle, counts, and
+brings everything down again with its volumes. Base images that the engine does not hold are not pulled but stood in for
+(scripts/stand_ins.py), and removed at the end; only the engine's build cache stays.
 
     python scripts/compose_test.py                 needs an engine that answers, and compose
     python scripts/compose_test.py --own-engine    starts a dockerd of its own (as root) in a temporary directory
