@@ -70,6 +70,8 @@ BURIED = "attempts used up"
 ACK, NAK, TERM, PROGRESS = b"+ACK", b"-NAK", b"+TERM", b"+WPI"
 DELAY_S_MAX = 4e9
 """More than a hundred years; the server counts nanoseconds in 63 bits."""
+TICK_S_MAX = 0.5
+"""How often it is noted that the loop runs, at most a twentieth of the ack wait."""
 GONE_S = 1.0
 """How long a consumer may be missing while another process makes it anew at another position (servers before 2.14)."""
 
@@ -102,7 +104,8 @@ class Deliveries:
         self.config = config
         self.leases: Leases = leases_of(f"{shared.incarnation}/{name}/{identity}")
         self.buffer: deque[tuple[Delivery, float]] = deque()
-        """What came and is nobody's yet, each with the monotonic time of its arrival."""
+        """What came and is nobody's yet, each with the monotonic time from which on it may have been under way: see
+        `_tick`."""
         self.spent = False
         """Whether something in the buffer came once too often."""
         self.streak = 0
@@ -118,6 +121,8 @@ class Deliveries:
         self._confirm: asyncio.Future[bool] | None = None
         self.subject = self.api.subject(f"CONSUMER.MSG.NEXT.{shared.raw}.{name}")
         self._aging: asyncio.TimerHandle | None = None
+        self._ticking: asyncio.TimerHandle | None = None
+        self._alive = self._ticked = 0.0
         self.link.on_lost.append(self.suspect)
 
     # --- life ---
@@ -137,7 +142,7 @@ class Deliveries:
     # --- receiving ---
 
     def arrived(self, frames: list[Frame], pull: _Pull | None) -> None:
-        received = time.monotonic()
+        received = self._alive
         leases, subjects, append = self.leases, self.shared.subjects, self.buffer.append
         epoch, most = leases.epoch, self.config.attempts_max or ATTEMPTS_MAX
         newest, count = self._newest, 0
@@ -215,6 +220,21 @@ class Deliveries:
         self.streak = 0
         self.link.send(wire.settle(self.leases.prefix, tails, NAK))
 
+    def _running(self) -> None:
+        """A request goes out: note from now on that the loop runs."""
+        if self._ticking is None:
+            self._alive = self._ticked = time.monotonic()
+            self._ticking = self._loop.call_later(self._tick_s(), self._tick)
+
+    def _tick_s(self) -> float:
+        return min(TICK_S_MAX, self.config.ack_wait_s / 20)
+
+    def _tick(self) -> None:
+        """A process that was stopped for longer than the ack wait finds deliveries in its socket that are no longer
+        its own. So what arrives counts from the tick before the last one: then everything sent earlier had been read."""
+        self._alive, self._ticked = self._ticked, time.monotonic()
+        self._ticking = self._loop.call_later(self._tick_s(), self._tick) if self._pulls else None
+
     def read_ahead(self, limit: int, bytes_max: int) -> None:
         """Ask for the next page while this one is worked on: only for a reader who took several full ones in a row."""
         if self.ahead is not None or not self.link.connected:
@@ -224,6 +244,7 @@ class Deliveries:
         pull.box.handler = lambda frames: self.arrived(frames, pull)
         self.ahead = pull
         self._pulls.add(pull)
+        self._running()
         timer = self._loop.call_later(QUIET_S, _settle, pull.done)
 
         def ended(_: object) -> None:
@@ -267,6 +288,7 @@ class Deliveries:
         pull = _Pull(link.inbox(), limit, loop.create_future(), now)
         pull.box.handler = lambda frames: self.arrived(frames, pull)
         self._pulls.add(pull)
+        self._running()
         ends = now + (wait_s + QUIET_S if waits else QUIET_S)
         timer = loop.call_at(ends, _settle, pull.done)
         pull.beats = "idle_heartbeat" in request
