@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+from hypothesis import settings
+
 import mist
 from mist.broker.base import Broker
 from mist.testing.statemachine import state_machine
@@ -13,3 +17,5 @@ async def connect() -> Broker:
 
 
 TestNatsModel = state_machine(connect, connect).TestCase
+# the campaign C18 runs thousands; every example here makes and deletes a stream and its consumers on a server
+TestNatsModel.settings = settings(TestNatsModel.settings, max_examples=int(os.environ.get("MIST_EXAMPLES", "20")))
