@@ -1,17 +1,21 @@
 """One coroutine to its end, with the signal and timeout rules of the command line.
 
 The first SIGINT or SIGTERM cancels the work, which flushes what it has; a second one does not wait. Handlers are plain
-`signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write.
+`signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write. Such a handler runs
+when the interpreter gets to it: a loop that is just falling asleep, or a signal that another thread is given, would leave it
+waiting for the next event, perhaps for ever. So a signal also writes a byte that wakes the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any
 
@@ -51,19 +55,14 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None
             first.append(time.monotonic())
             loop.call_soon_threadsafe(task.cancel)  # type: ignore[union-attr]
 
-        before = {}
-        if threading.current_thread() is threading.main_thread():
-            before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            async with asyncio.timeout(timeout_s) as limit:
-                return await work()
-        except TimeoutError as exc:
-            if not limit.expired():
-                raise
-            raise TimedOut(f"not done after {timeout_s:g} s", hint="give it more with --timeout") from exc
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with _handled(stop, loop):
+            try:
+                async with asyncio.timeout(timeout_s) as limit:
+                    return await work()
+            except TimeoutError as exc:
+                if not limit.expired():
+                    raise
+                raise TimedOut(f"not done after {timeout_s:g} s", hint="give it more with --timeout") from exc
 
     try:
         return asyncio.run(body())
@@ -77,6 +76,29 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None
         raise
     except BaseExceptionGroup as group:
         raise _only(group) from group
+
+
+@contextlib.contextmanager
+def _handled(stop: Callable[[int, FrameType | None], None], loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """`stop` handles SIGINT and SIGTERM, and the loop is awake to see what it did. Elsewhere than in the main thread, where
+    handlers cannot be set, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waking, bell = socket.socketpair()
+    with waking, bell:
+        waking.setblocking(False)
+        bell.setblocking(False)
+        loop.add_reader(waking, waking.recv, 4096)
+        wakeup = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+            loop.remove_reader(waking)
 
 
 def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
