@@ -99,6 +99,7 @@ def engine(own: bool) -> Iterator[list[str]]:
     dockerd = shutil.which("dockerd")
     if dockerd is None or os.geteuid() != 0:
         raise CannotRun("--own-engine needs root and a dockerd on PATH (Debian: apt-get install docker.io)")
+    undo = _network()
     folder = Path(tempfile.mkdtemp(prefix="mist-engine-"))
     host = f"unix://{folder}/docker.sock"
     with (folder / "log").open("wb") as log:
@@ -123,7 +124,42 @@ def engine(own: bool) -> Iterator[list[str]]:
         process.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
-        say(f"engine stopped, {folder} {'is left' if folder.exists() else 'removed'}")
+        undo()
+        say(
+            f"engine stopped, {folder} {'is left' if folder.exists() else 'removed'}, bridge and packet filter as before"
+        )
+
+
+def _network() -> Callable[[], None]:
+    """What a dockerd changes for all of the machine and leaves behind: the filter's rules, a bridge, forwarding. Returns
+    how to put it back."""
+    forwarding = Path("/proc/sys/net/ipv4/ip_forward")
+    before = forwarding.read_text()
+    bridge = Path("/sys/class/net/docker0").exists()
+    rules = {
+        restore: subprocess.run([save], capture_output=True).stdout
+        for save, restore in (("iptables-save", "iptables-restore"), ("ip6tables-save", "ip6tables-restore"))
+        if shutil.which(save) and shutil.which(restore)
+    }
+
+    def undo() -> None:
+        if not bridge and shutil.which("ip"):
+            subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True)
+        for restore, text in rules.items():
+            # a table that had no rules is not in the text: empty it by name
+            empty = b"".join(
+                b"*%s\n%sCOMMIT\n" % (table, b"".join(b":%s ACCEPT\n" % chain for chain in chains))
+                for table, chains in TABLES.items()
+                if b"*" + table not in text
+            )
+            subprocess.run([restore], input=empty + text, capture_output=True)
+        forwarding.write_text(before)
+
+    return undo
+
+
+TABLES = {b"filter": (b"INPUT", b"FORWARD", b"OUTPUT"), b"nat": (b"PREROUTING", b"INPUT", b"OUTPUT", b"POSTROUTING")}
+"""The packet filter's tables that a dockerd writes to, with their own chains."""
 
 
 def compose_command(docker: list[str]) -> list[str]:
