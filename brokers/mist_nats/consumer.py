@@ -490,7 +490,7 @@ class NatsConsumer(Consumer):
         buffer, leases = state.buffer, state.leases
         now = time.monotonic()
         wait_s = self.config.ack_wait_s
-        while buffer and now - buffer[0][1] > wait_s * 0.9:
+        while buffer and now - buffer[0][1] > wait_s * 0.75:
             buffer.popleft()  # the server gives it again any moment
         count, size = 0, 0
         for d, _ in buffer:
@@ -508,6 +508,7 @@ class NatsConsumer(Consumer):
         if now - oldest > wait_s * 0.25:
             # it lay here for a while: its owner gets a whole ack wait nevertheless
             state.link.send(wire.settle(leases.prefix, self._tails(out), PROGRESS))
+            state.link.flush()  # now: the caller may work for long before this loop turns again
             leases.renew(out, wait_s)
         return out
 
