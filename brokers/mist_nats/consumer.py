@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -38,7 +39,7 @@ from mist_nats import api as js
 from mist_nats import wire
 from mist_nats.api import ApiError, translated
 from mist_nats.direct import Request, get
-from mist_nats.headers import read_header
+from mist_nats.headers import plain_headers, read_header
 from mist_nats.leases import Leases, leases_of
 from mist_nats.link import CALL_S, Inbox, Lost
 from mist_nats.names import META_CONFIG, META_IDENTITY
@@ -146,6 +147,15 @@ class Deliveries:
         leases, subjects, append = self.leases, self.shared.subjects, self.buffer.append
         epoch, most = leases.epoch, self.config.attempts_max or ATTEMPTS_MAX
         newest, count = self._newest, 0
+        first = wire.deliveries(leases.prefix.encode(), newest, frames) if leases.prefix else None
+        if first is not None and (ids := plain_headers([f[2] for f in frames])) is not None:
+            # the usual run: first deliveries of records with an id and nothing else, taken by column
+            sequences, times, tails, newest = first
+            records = map(Record, sequences, map(subjects, [f[0] for f in frames]), [f[3] for f in frames], times, ids)
+            self.buffer.extend(
+                zip(map(Delivery, records, repeat(1), map(epoch.__add__, tails)), repeat(received), strict=False)
+            )
+            count, frames = len(frames), []
         for raw, reply, header, data in frames:
             at = wire.delivery(reply)
             if at is None:
@@ -256,6 +266,7 @@ class Deliveries:
         pull.done.add_done_callback(ended)
         request = {"batch": limit, "no_wait": True, "max_bytes": bytes_max}
         self.link.send(wire.pub(self.subject, msgspec.json.encode(request), pull.box.subject))
+        self.link.flush()  # now: the caller works before this loop turns again, and the server meanwhile
 
     def _end(self, pull: _Pull) -> None:
         if pull.ended and not (pull.beats and pull.ended == "full"):  # then a 409 Batch Completed follows

@@ -96,6 +96,27 @@ def message_lines(m: Message, id_header: bytes) -> tuple[bytes, bytes]:
 # --- and back ------------------------------------------------------------------------------------------------------
 
 
+_USUAL = b"NATS/1.0\r\nNats-Msg-Id: "
+_USUAL_BYTES = len(_USUAL)
+
+
+def plain_headers(headers: Sequence[bytes]) -> list[str] | None:
+    """The ids of messages that have an id and no other header, as they are; None when any of them has more to it.
+    The same as `read_header` for each, in a few looks at all of them together."""
+    ids = [h[_USUAL_BYTES:-4] for h in headers]
+    joined = b"\n".join(ids)
+    if (
+        joined.count(b"\n") != len(ids) - 1
+        or b"\r" in joined
+        or b"=" in joined
+        or not joined.isascii()
+        or b"".join([h[:_USUAL_BYTES] for h in headers]) != _USUAL * len(ids)
+        or b"".join([h[-4:] for h in headers]) != b"\r\n\r\n" * len(ids)
+    ):
+        return None
+    return joined.decode().split("\n")
+
+
 def read_header(header: bytes, data: bytes) -> tuple[str, Headers, bytes]:
     """Id, headers and data of a stored message. Never raises: what is foreign is taken as it stands."""
     if not header:

@@ -46,6 +46,7 @@ WRITE = 500
 BATCH = 1000
 """The server's limit of an atomic batch."""
 BATCH_BYTES = 8 * 1024 * 1024
+_ID_HEAD = len(b"NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
 LOOKS = 8
 """How often an append starts anew because another writer stored one of its ids meanwhile."""
 
@@ -264,6 +265,7 @@ class Publisher:
         self.dedupe = dedupe
         self._id_header = ID if dedupe else QUIET_ID
         self._subjects: dict[str, bytes] = {}
+        self._starts: dict[str, bytes] = {}
         self._jobs: deque[_Job] = deque()
         self._runner: asyncio.Task[None] | None = None
 
@@ -294,6 +296,13 @@ class Publisher:
             found = self._subjects[subject] = f"{self.prefix}{subject}".encode()
         return found
 
+    def _start(self, subject: str) -> bytes:
+        """`HPUB <subject> <inbox>`, up to the number in the reply subject."""
+        if len(self._starts) > 4096:
+            self._starts.clear()
+        found = self._starts[subject] = b"HPUB %b %b" % (self._subject(subject), self.window.prefix)
+        return found
+
     def _frames(self, messages: Sequence[Message], last: int | None = None) -> tuple[list[tuple[bytes, bytes]], int]:
         """Per message what goes before and after the number in its reply subject; and their size. `last` is the
         condition of the first one, or of each in turn."""
@@ -302,16 +311,18 @@ class Publisher:
         out = []
         total = 0
         simple = self.dedupe and last is None and plain_ids([m.id for m in messages])
+        starts = self._starts
         for at, m in enumerate(messages):
             if simple and not m.headers:
+                data = m.data
+                before = starts.get(m.subject) or self._start(m.subject)
                 if not m.id:
-                    before = b"PUB %b %b" % (self._subject(m.subject), box)
-                    after = b" %d\r\n%b\r\n" % (len(m.data), m.data)
+                    before = before[1:]  # PUB
+                    after = b" %d\r\n%b\r\n" % (len(data), data)
                 else:
-                    head = b"NATS/1.0\r\nNats-Msg-Id: %b\r\n\r\n" % m.id.encode()
-                    size = len(head) + len(m.data)
-                    before = b"HPUB %b %b" % (self._subject(m.subject), box)
-                    after = b" %d %d\r\n%b%b\r\n" % (len(head), size, head, m.data)
+                    id = m.id.encode()
+                    lead = _ID_HEAD + len(id)
+                    after = b" %d %d\r\nNATS/1.0\r\nNats-Msg-Id: %b\r\n\r\n%b\r\n" % (lead, lead + len(data), id, data)
             else:
                 lines, spilled = message_lines(m, self._id_header)
                 if last is not None:

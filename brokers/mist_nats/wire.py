@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from operator import ge
 
 LINE_BYTES_MAX = 1024 * 1024
 """A control line longer than this is no control line (an INFO of a large cluster is some kilobytes)."""
@@ -227,3 +228,33 @@ def rfc3339(ns: int) -> str:
 
     seconds, part = divmod(ns, 1_000_000_000)
     return f"{strftime('%Y-%m-%dT%H:%M:%S', gmtime(seconds))}.{part:09d}Z"
+
+
+def deliveries(prefix: bytes, newest: int, frames: list[Frame]) -> tuple[list[int], list[int], list[str], int] | None:
+    """Stream sequences, times in ns, tails of the ack subjects, and the last consumer sequence, of a run of first
+    deliveries whose ack subjects all begin with `prefix` and whose consumer sequences grow from above `newest`. None
+    when any frame is something else: then each is looked at alone."""
+    size = len(prefix)
+    tails = [f[1][size:] for f in frames]
+    flat = b".".join(tails).split(b".")
+    parts = 5 if len(flat) == 5 * len(tails) else 6  # with domains, a random token comes last
+    if (
+        not tails
+        or len(flat) != parts * len(tails)
+        or b"".join([f[1][:size] for f in frames]) != prefix * len(tails)
+        or flat[::parts].count(b"1") != len(tails)
+        or {t.count(b".") for t in tails} != {parts - 1}
+    ):
+        return None
+    try:
+        numbers = list(map(int, flat[2::parts]))
+        if numbers[0] <= newest or any(map(ge, numbers, numbers[1:])):
+            return None
+        return list(map(int, flat[1::parts])), list(map(int, flat[3::parts])), _lines(tails), numbers[-1]
+    except ValueError:
+        return None
+
+
+def _lines(texts: list[bytes]) -> list[str]:
+    """All of them decoded at once."""
+    return b"\n".join(texts).decode().split("\n")

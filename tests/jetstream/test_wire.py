@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from mist.broker.base import HEADERS_BYTES_MAX, Headers, Message
 from mist.broker.deadletter import OURS
 from mist_nats import wire
-from mist_nats.headers import ID, LINES_BYTES_MAX, QUIET_ID, message_lines, read_header
+from mist_nats.headers import ID, LINES_BYTES_MAX, QUIET_ID, message_lines, plain_headers, read_header
 from mist_nats.wire import Frame, Garbled, Splitter
 
 LINE = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\r\n\x00"), max_size=40)
@@ -145,3 +147,55 @@ def test_settling_builds_one_publish_each() -> None:
         b"PUB $JS.ACK.S.c.1.2 4\r\n+ACK\r\nPUB $JS.ACK.S.c.1.3 4\r\n+ACK\r\n"
     )
     assert wire.settle("p", [], b"+ACK") == b""
+
+
+PREFIX = b"$JS.ACK.s.c."
+TAILS = st.builds(
+    lambda tried, sequence, number, at, left: b"%d.%d.%d.%d.%d" % (tried, sequence, number, at, left),
+    st.sampled_from((1, 1, 1, 1, 2, 11)), st.integers(1, 9), st.integers(1, 9), st.integers(1, 2**62), st.integers(0, 9),
+)  # fmt: skip
+REPLIES = st.one_of(
+    TAILS.map(PREFIX.__add__),
+    TAILS.map(lambda t: PREFIX + t + b".Xy"),
+    st.sampled_from((b"", b"$JS.ACK.s.d.1.1.1.1.1", PREFIX, PREFIX + b"1.1")),
+)
+
+
+@given(st.lists(REPLIES, max_size=6), st.integers(0, 4))
+def test_a_run_of_deliveries_is_what_each_of_them_is(replies: list[bytes], newest: int) -> None:
+    """By column or one by one: the same numbers; whatever is unusual is left to the look at each."""
+    found = wire.deliveries(PREFIX, newest, [(b"x", reply, b"", b"") for reply in replies])
+    parts = [wire.ack_subject(reply) for reply in replies]
+    usual = bool(parts) and all(p is not None and p[0] == PREFIX and p[2] == 1 for p in parts)
+    numbers = [newest, *(p[4] for p in parts if p is not None)]
+    grows = all(a < b for a, b in itertools.pairwise(numbers))
+    if found is None:
+        assert not (usual and grows)
+        return
+    assert usual
+    assert grows
+    sequences, times, tails, last = found
+    assert [(p[3], p[5], p[1].decode()) for p in parts if p] == list(zip(sequences, times, tails, strict=True))
+    assert last == numbers[-1]
+
+
+HEADER = st.one_of(
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=9).map(
+        lambda id: b"NATS/1.0\r\nNats-Msg-Id: " + id.encode() + b"\r\n\r\n"
+    ),
+    st.sampled_from(
+        (
+            b"", b"NATS/1.0\r\n\r\n", b"NATS/1.0\r\na: b\r\n\r\n", b"NATS/1.0 404 No\r\n\r\n",
+            b"NATS/1.0\r\nNats-Msg-Id: a\r\nb: c\r\n\r\n", b"NATS/1.0\r\nNats-Msg-Id: \xff\r\n\r\n", b"\r\n\r\n",
+            b"NATS/1.0\r\nNats-Msg-Id: =41\r\n\r\n",
+        )
+    ),
+)  # fmt: skip
+
+
+@given(st.lists(HEADER, min_size=1, max_size=5))
+def test_plain_headers_are_what_each_of_them_is(headers: list[bytes]) -> None:
+    """Ids by column are the ids one by one, or it says that one of them has more to it."""
+    found = plain_headers(headers)
+    if found is not None:
+        assert [(id, (), b"") for id in found] == [read_header(h, b"") for h in headers]
