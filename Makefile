@@ -6,7 +6,7 @@
 PYTHON  ?= python3
 UV      ?= uv
 MINUTES ?= 60
-JOBS    ?= 2
+JOBS    ?= 3
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
