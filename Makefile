@@ -54,7 +54,7 @@ conform: $(STAMP)  ## the conformance suites over every broker and transport
 	@MIST_CONFORM_ALL=1 $(PY) -m pytest -q -n $(JOBS) tests/conformance $(ARGS)
 
 campaign-ci: $(STAMP)  ## the fault campaigns in their small sizes
-	$(if $(wildcard tests/campaigns/test_*.py),@MIST_CAMPAIGN=ci $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests/campaigns $(ARGS),@echo "tests/campaigns holds no campaign yet")
+	$(if $(wildcard tests/campaigns/test_*.py),@MIST_CAMPAIGN=ci $(PY) -m pytest -q -n 2 --dist worksteal tests/campaigns $(ARGS),@echo "tests/campaigns holds no campaign yet")
 
 campaign: $(STAMP)  ## the fault campaigns for MINUTES=60, resumable, prints what it reached
 	@$(PY) -m tests.campaigns.run --minutes $(MINUTES) $(ARGS)
