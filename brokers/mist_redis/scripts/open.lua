@@ -10,5 +10,8 @@ for _, name in ipairs(call('HKEYS', B .. 'groups')) do call('UNLINK', B .. 'grou
 call('UNLINK', M, B .. 'groups', B .. 'ids:0', B .. 'ids:1', B .. 'checkpoints')
 call('XGROUP', 'CREATE', S, ':', '0-0', 'MKSTREAM')
 call('XGROUP', 'DESTROY', S, ':')
-call('HSET', M, 'inc', ARGV[2], 'created', ARGV[3], 'config', ARGV[4], 'last', '0-0', unpack(ARGV, 5))
+-- the deletion of a former one may still stand in the key that waiters watch: this one begins behind it
+local w = call('XREVRANGE', B .. 'wake', '+', '-', 'COUNT', 1)[1]
+call('HSET', M, 'inc', ARGV[2], 'created', ARGV[3], 'config', ARGV[4], 'last', '0-0', 'wake', w and w[1] or '0-0',
+  unpack(ARGV, 5))
 return {'made', ARGV[2], ARGV[4], ARGV[3], 0}
