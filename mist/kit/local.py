@@ -204,8 +204,12 @@ class LocalServer:
         _running.discard(self)
 
     def pause(self) -> None:
-        """SIGSTOP: it holds its connections and answers nothing."""
-        os.kill(self.pid, signal.SIGSTOP)
+        """SIGSTOP: it holds its connections and answers nothing. Returns when every thread of it has stopped, where the
+        system can tell (Linux)."""
+        pid = self.pid
+        os.kill(pid, signal.SIGSTOP)
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""
