@@ -290,9 +290,7 @@ class NatsStream(Stream):
         return batch
 
     async def _look_at_all(self, after: int, limit: int, bytes_max: int) -> Page:
-        batch = await self._batch(
-            seq=after + 1, batch=limit, max_bytes=bytes_max + SLACK, next_by_subj=self.shared.filters(ALL)[0]
-        )
+        batch = await self._batch(seq=after + 1, batch=limit, max_bytes=bytes_max + SLACK, next_by_subj=">")
         records = batch.records
         if records and records[0].sequence == after + 1 and self.shared.alone:
             last = records[-1].sequence + max(batch.more, 0)
@@ -314,7 +312,7 @@ class NatsStream(Stream):
         return Page([], after, last)
 
     async def _anything(self, after: int) -> bool:
-        batch = await self._batch(seq=after + 1, batch=1, next_by_subj=self.shared.filters(ALL)[0])
+        batch = await self._batch(seq=after + 1, batch=1, next_by_subj=">")
         return bool(batch.records)
 
     async def _look_filtered(self, after: int, pattern: str, limit: int, bytes_max: int) -> Page:
