@@ -32,7 +32,7 @@ from mist.broker.base import (
     check_position,
     check_read,
 )
-from mist.broker.deadletter import bury, dead_letter
+from mist.broker.deadletter import EXHAUSTED, bury, dead_letter
 from mist.errors import Closed, Conflict, CursorAhead, InvalidArgument, NotFound, TimedOut, Unavailable, Unsupported
 from mist.protocol.subject import check_name, dead_stream
 from mist_nats import api as js
@@ -67,7 +67,6 @@ TRY_S = 1.0
 """When acks without a confirmation are sent again."""
 GRACE_S = 0.005
 """How long a fetch that has something waits for the end of its answer."""
-BURIED = "attempts used up"
 ACK, NAK, TERM, PROGRESS = b"+ACK", b"-NAK", b"+TERM", b"+WPI"
 DELAY_S_MAX = 4e9
 """More than a hundred years; the server counts nanoseconds in 63 bits."""
@@ -530,7 +529,7 @@ class NatsConsumer(Consumer):
         spent = [d for d, _ in state.buffer if most and d.attempt > most]
         if spent:
             rows = [(d.record, d.attempt - 1, t) for d, t in zip(spent, self._tails(spent), strict=True)]
-            await self._bury(rows, BURIED)
+            await self._bury(rows, EXHAUSTED)
             gone = {id(d) for d in spent}
             kept = [e for e in state.buffer if id(e[0]) not in gone]
             state.buffer.clear()
@@ -575,7 +574,7 @@ class NatsConsumer(Consumer):
                 d.record.sequence: t for d, t in zip(again, self._tails(again), strict=True)
             }
         await self._state.settle(self._tails(again), what)
-        await self._bury([(d.record, d.attempt, t) for d, t in zip(spent, self._tails(spent), strict=True)], BURIED)
+        await self._bury([(d.record, d.attempt, t) for d, t in zip(spent, self._tails(spent), strict=True)], EXHAUSTED)
         return len(ours)
 
     async def term(self, deliveries: Sequence[Delivery], *, reason: str = "") -> int:

@@ -28,6 +28,7 @@ from mist.errors import (
     MistError,
     NotFound,
     PartialAppend,
+    StorageFull,
     TooLarge,
     Unavailable,
     WrongSequence,
@@ -553,7 +554,7 @@ class Publisher:
         raise Unavailable(f"stream {self.name}: other writers stored ids of this append {LOOKS} times meanwhile")
 
     def _full(self, exc: ApiError) -> bool:
-        return type(self._error(exc)).__name__ == "StorageFull"
+        return isinstance(self._error(exc), StorageFull)
 
     async def _known(self, ids: Sequence[str]) -> list[int]:
         """The sequence of each id, 0 where it is new: asked by a publish whose condition cannot hold."""

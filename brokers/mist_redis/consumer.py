@@ -34,7 +34,7 @@ from mist.broker.base import (
     check_position,
     check_read,
 )
-from mist.broker.deadletter import bury, dead_letter
+from mist.broker.deadletter import EXHAUSTED, bury, dead_letter
 from mist.errors import CursorAhead, InvalidArgument, MistError, NotFound, Unavailable
 from mist.protocol.subject import matcher
 from mist_redis.faults import translate
@@ -58,7 +58,6 @@ SETTLE_MAX = 20_000
 COUNT_ENTRIES_MAX = 100_000
 """How far lag is counted entry by entry, where the server does not know it."""
 PENDING_PIECE = 1000
-EXHAUSTED = "attempts used up"
 _pack = msgspec.msgpack.Encoder().encode
 
 

@@ -22,6 +22,8 @@ ORIGINAL_ID = "Mist-Id"
 HEADERS_DROPPED = "Mist-Headers-Dropped"
 OURS = frozenset({STREAM, SEQUENCE, CONSUMER, ATTEMPTS, REASON, ORIGINAL_ID, HEADERS_DROPPED})
 REASON_CHARS_MAX = 2000
+EXHAUSTED = "attempts used up"
+"""The reason of a record that was delivered `attempts_max` times and never settled."""
 _COUNTER_BYTES = len(HEADERS_DROPPED) + 6
 
 

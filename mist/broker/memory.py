@@ -48,7 +48,7 @@ from mist.broker.base import (
 )
 from mist.broker.checkpoint import check_advance, check_save
 from mist.broker.clock import SYSTEM, Clock
-from mist.broker.deadletter import bury, dead_letter
+from mist.broker.deadletter import EXHAUSTED, bury, dead_letter
 from mist.broker.notify import Notifier
 from mist.errors import (
     Closed,
@@ -67,7 +67,6 @@ CAPABILITIES = Capabilities(threads=True, verify=True)
 _DEFAULTS = replace(DEFAULTS, durability="memory")
 _SCAN_MAX = 100_000
 """How many records one look under the lock passes over; a filtered read may then return an empty page."""
-_EXHAUSTED = "attempts used up"
 
 
 class _Lease(Struct):
@@ -474,7 +473,7 @@ class MemoryConsumer(Consumer):
                     out, at_end = self._take(limit, bytes_max)
                     due = self._state.next_due()
             if exhausted:
-                await self._bury(exhausted, _EXHAUSTED)
+                await self._bury(exhausted, EXHAUSTED)
                 continue
             if out:
                 return out
@@ -579,7 +578,7 @@ class MemoryConsumer(Consumer):
                     self._state.set_due(sequence, lease, now + delay_s)
         if ours:
             self._stream._state.changed.notify()
-        await self._bury(exhausted, _EXHAUSTED)
+        await self._bury(exhausted, EXHAUSTED)
         return len(ours)
 
     async def term(self, deliveries: Sequence[Delivery], *, reason: str = "") -> int:

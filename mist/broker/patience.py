@@ -1,13 +1,17 @@
 """Going on when a backend comes back: a call repeated while its error says that it is worth it, and a stream read so.
 
-`Patience` has no end of its own: who calls it bounds it (a timeout, a cancellation). It tells when somebody has been away
-for longer than one try, and when they are back. It repeats only what may be repeated: the caller says which call that is.
-A full store is not waited for: whoever can make room has to know.
+`Patience` has no end of its own unless it is given one: who calls it bounds it (a timeout, a cancellation, `away_s_max`). It
+tells when somebody has been away for longer than one try, and when they are back. It repeats only what may be repeated:
+the caller says which call that is. A full store is not waited for: whoever can make room has to know.
+
+`again` is one call with an end, for reads, saved positions, and appends whose messages carry ids (the broker stores a known
+id once within its window).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -31,6 +35,8 @@ T = TypeVar("T")
 
 SAY_EVERY_S = 30.0
 BACKOFF = Backoff(first_s=0.1, most_s=3.0)
+AWAY_S = 60.0
+_SOON = Backoff(first_s=0.05, most_s=1.0)
 
 
 def worth_waiting(error: MistError) -> bool:
@@ -40,19 +46,24 @@ def worth_waiting(error: MistError) -> bool:
 
 class Patience:
     """One per backend. `on_away` gets the error and for how long it has been so, at the second failure in a row and then
-    every half minute; `on_back` for how long it was."""
+    every half minute; `on_back` for how long it was; `on_retry` gets every error that is waited out. Away for longer than
+    `away_s_max`, the last error is raised."""
 
     def __init__(
         self,
         *,
         on_away: Callable[[MistError, float], None] | None = None,
         on_back: Callable[[float], None] | None = None,
+        on_retry: Callable[[MistError], None] | None = None,
+        away_s_max: float = math.inf,
         backoff: Backoff = BACKOFF,
         clock: Clock = SYSTEM,
         rand: Callable[[], float] = random.random,
     ) -> None:
         self._on_away = on_away
         self._on_back = on_back
+        self._on_retry = on_retry
+        self._away_s_max = away_s_max
         self._backoff = backoff
         self._clock = clock
         self._rand = rand
@@ -78,10 +89,14 @@ class Patience:
         if not worth_waiting(error):
             raise error
         now = self._clock.monotonic()
-        self.error = error
-        self._failures += 1
         if self._since is None:
             self._since = now
+        if now - self._since > self._away_s_max:
+            raise error
+        self.error = error
+        self._failures += 1
+        if self._on_retry is not None:
+            self._on_retry(error)
         if self._failures > 1 and (self._said is None or now - self._said >= SAY_EVERY_S):
             self._said = now
             if self._on_away is not None:
@@ -97,6 +112,17 @@ class Patience:
         self._failures = 0
         if said is not None and self._on_back is not None:
             self._on_back(self._clock.monotonic() - since)
+
+
+async def again(
+    call: Callable[[], Awaitable[T]],
+    *,
+    away_s_max: float = AWAY_S,
+    on_retry: Callable[[MistError], None] | None = None,
+    clock: Clock = SYSTEM,
+) -> T:
+    """Its answer. Raises what time does not heal, and the last error when the backend stays away for `away_s_max`."""
+    return await Patience(on_retry=on_retry, away_s_max=away_s_max, backoff=_SOON, clock=clock)(call)
 
 
 class Steady(Stream):

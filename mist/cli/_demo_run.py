@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from mist.broker.again import again
 from mist.broker.base import Broker, Stream
+from mist.broker.patience import again
 from mist.broker.registry import connect
 from mist.cli._demo_children import Child, Nursery, nursery, until
 from mist.cli._demo_judge import Verdict, judge

@@ -100,7 +100,7 @@ class Session:
     async def reach(self, name: str, *, create: bool = False) -> tuple[Broker, Stream]:
         """The stream of that name on our broker, for a command that then runs long: a server that is just restarting
         is waited for, `REACH_S` at most."""
-        from mist.broker.again import again
+        from mist.broker.patience import again
 
         async def look() -> tuple[Broker, Stream]:
             broker = await self.connect(create=create)

@@ -29,10 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 from msgspec import Struct
 
-from mist.broker.again import again
 from mist.broker.base import Broker, Headers, Message, Record, Stream
 from mist.broker.feed import REPEATED, Feed, Place, Places
-from mist.broker.patience import Patience, Steady
+from mist.broker.patience import Patience, Steady, again
 from mist.cli.filestream import FileStream
 from mist.cli.records import View
 from mist.cli.render import Progress, seq

@@ -42,7 +42,7 @@ from mist.broker.base import (
 )
 from mist.broker.checkpoint import check_key, check_save
 from mist.broker.clock import SYSTEM, Clock
-from mist.broker.deadletter import bury, dead_letter
+from mist.broker.deadletter import EXHAUSTED, bury, dead_letter
 from mist.broker.notify import Notifier
 from mist.errors import (
     Closed,
@@ -634,7 +634,7 @@ class LogConsumer(Consumer):
         if exhausted:
             for lease in exhausted:
                 records = self._records(lease, lease.left, 1 << 62, {})
-                await self._bury([Delivery(r, lease.attempt, _token(lease)) for r in records], "attempts used up")
+                await self._bury([Delivery(r, lease.attempt, _token(lease)) for r in records], EXHAUSTED)
         out: list[Delivery] = []
         size = 0
         for i, lease in enumerate(given):
@@ -744,7 +744,7 @@ class LogConsumer(Consumer):
         count = 0
         if spent:
             ours = await self._ours(spent)
-            await self._bury(ours, "attempts used up")
+            await self._bury(ours, EXHAUSTED)
             count += len(ours)
         if back:
             groups = _grouped(back)

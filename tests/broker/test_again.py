@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mist.broker import again as module
-from mist.broker.again import again
+from mist.broker import patience as module
+from mist.broker.patience import again
 from mist.errors import Ambiguous, MistError, StorageFull, TooLarge, Unavailable
 from tests.conftest import run
 

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 
 from msgspec import Struct
 
-from mist.broker.again import again
 from mist.broker.base import Broker, Checkpoint, Message, Stream
+from mist.broker.patience import again
 from mist.errors import Conflict, NotFound
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope

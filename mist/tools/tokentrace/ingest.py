@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from mist.broker.again import AWAY_S, again
 from mist.broker.base import Broker, Checkpoint, Page, Stream
+from mist.broker.patience import AWAY_S, again
 from mist.errors import DataLoss, MistError, SequenceExpired, WrongIncarnation
 from mist.tools.tokentrace.spans import BadSpan, SpanRow, row_of
 from mist.tools.tokentrace.store import Batch, Gap, PositionMoved, Refusal, Store

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from msgspec import Struct
 
-from mist.broker.again import again
 from mist.broker.base import Message, Stream
+from mist.broker.patience import again
 from mist.errors import InvalidArgument
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
