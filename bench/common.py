@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,21 @@ def rate(count: int, run: Callable[[], None]) -> float:
     start = time.perf_counter()
     run()
     return count / (time.perf_counter() - start)
+
+
+def counting(
+    count: int, seen: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[Callable[[dict[str, Any]], Awaitable[None]], asyncio.Future[None]]:
+    """A handler for FastStream, and what is done when it has been given `count` messages; `seen` gets each of them."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    left = count
+
+    async def handle(message: dict[str, Any]) -> None:
+        nonlocal left
+        if seen is not None:
+            seen(message)
+        left -= 1
+        if left == 0:
+            done.set_result(None)
+
+    return handle, done

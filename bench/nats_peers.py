@@ -15,6 +15,7 @@ import nats
 from faststream.nats import JStream, NatsBroker
 from nats.js.api import ConsumerConfig, RetentionPolicy, StreamConfig
 
+from bench.common import counting
 from mist.protocol import codec
 from mist_nats import peers
 
@@ -86,16 +87,8 @@ async def fetch(url: str, bodies: list[bytes]) -> float:
 async def faststream_push(url: str, count: int) -> float:
     """FastStream's default subscriber (push, its own ack after each), the JSON decoded by it."""
     broker = NatsBroker(plain(url), logger=None)
-    done = asyncio.get_running_loop().create_future()
-    left = count
-
-    @broker.subscriber(SUBJECT, stream=JStream(STREAM, declare=False))
-    async def handle(message: dict[str, Any]) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            done.set_result(None)
-
+    handle, done = counting(count)
+    broker.subscriber(SUBJECT, stream=JStream(STREAM, declare=False))(handle)
     start = time.perf_counter()
     await broker.start()
     try:
@@ -131,17 +124,8 @@ async def subscribe(url: str, count: int, seen: Any, ready: Any) -> None:
     await remade(nc.jetstream())
     await nc.close()
     broker = NatsBroker(plain(url), logger=None)
-    done = asyncio.get_running_loop().create_future()
-    left = count
-
-    @broker.subscriber(SUBJECT, stream=JStream(STREAM, declare=False))
-    async def handle(message: dict[str, Any]) -> None:
-        nonlocal left
-        seen(message)
-        left -= 1
-        if left == 0:
-            done.set_result(None)
-
+    handle, done = counting(count, seen)
+    broker.subscriber(SUBJECT, stream=JStream(STREAM, declare=False))(handle)
     await broker.start()
     ready()
     await done

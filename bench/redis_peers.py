@@ -13,6 +13,7 @@ from typing import Any
 import redis.asyncio as redis
 from faststream.redis import RedisBroker, StreamSub
 
+from bench.common import counting
 from mist.protocol import codec
 from mist_redis import peers
 
@@ -127,17 +128,8 @@ async def subscribe(url: str, count: int, seen: Any, ready: Any) -> None:
     await client.xgroup_create(STREAM_FASTSTREAM, GROUP, "0", mkstream=True)
     await client.aclose()
     broker = RedisBroker(url, logger=None)
-    done = asyncio.get_running_loop().create_future()
-    left = count
-
-    @broker.subscriber(stream=StreamSub(STREAM_FASTSTREAM, group=GROUP, consumer="me", polling_interval=100))
-    async def handle(message: dict[str, Any]) -> None:
-        nonlocal left
-        seen(message)
-        left -= 1
-        if left == 0:
-            done.set_result(None)
-
+    handle, done = counting(count, seen)
+    broker.subscriber(stream=StreamSub(STREAM_FASTSTREAM, group=GROUP, consumer="me", polling_interval=100))(handle)
     await broker.start()
     ready()
     await done

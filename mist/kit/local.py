@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def _other_than(wheel: str, name: str) -> str:
     return ""
 
 
-class LocalServer:
+class LocalServer(ABC):
     """One server process. `url` is what `mist.connect` takes; `directory` holds its data, settings and `server.log`."""
 
     def __init__(self, name: str, argv: Sequence[str], *, url: str, port: int, directory: Path) -> None:
@@ -158,9 +159,9 @@ class LocalServer:
                 raise TimedOut(f"{self.name} does not answer on port {self.port}", hint=f"its log: {self.log}")
             time.sleep(0.01)
 
+    @abstractmethod
     def answers(self) -> bool:
         """Whether the server, having read its data, takes connections."""
-        raise NotImplementedError
 
     def log_tail(self, chars: int = 400) -> str:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""

@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from msgspec.structs import asdict
@@ -61,7 +60,8 @@ from mist.errors import (
 from mist.log.broker import LogBroker, LogStream
 from mist.log.broker import connect as connect_log
 from mist.log.forward import KEY, Forwarder
-from mist.log.spooldir import Figures, SpoolDirectory, behind, directory
+from mist.log.spooldir import Figures, SpoolDirectory, behind
+from mist.log.spooldir import directory as place_of
 from mist.protocol.subject import DEAD, check_stream, dead_stream
 from mist.protocol.url import Url
 
@@ -93,7 +93,7 @@ async def connect(
         segment_bytes=SEGMENT_BYTES,
     )  # fmt: skip
     drain_s = float(_number(url, "spool_drain", DRAIN_S))
-    path = _directory(url, directory)
+    path = place_of(url, directory)
     found = SpoolDirectory(path)
     opened = await connect_log(Url("log", str(path)), create=create, **(log or {}))
     try:
@@ -112,10 +112,6 @@ async def connect(
     except BaseException:
         await opened.aclose()
         raise
-
-
-def _directory(url: Url, default: str) -> Path:
-    return directory(url, default)
 
 
 def _number(url: Url, key: str, default: float) -> int:

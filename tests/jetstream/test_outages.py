@@ -14,21 +14,11 @@ from mist.broker.deadletter import ATTEMPTS, SEQUENCE
 from mist.errors import Ambiguous, MistError, PartialAppend, TimedOut, Unavailable
 from mist.kit.local import NatsServer
 from mist.protocol.subject import dead_stream
+from mist.testing.conformance.harness import data_of, read_all
 from mist.testing.servers import run_nats, run_nats_cluster
 from mist_nats import link
 from tests.conftest import run
 from tests.jetstream.server import shared_url
-
-
-async def read_all(stream: Stream) -> list[bytes]:
-    out: list[bytes] = []
-    after = 0
-    while True:
-        page = await stream.read(after=after, limit=1000)
-        out += [r.data for r in page.records]
-        after = page.scanned
-        if after >= page.last:
-            return out
 
 
 async def write_until(stream: Stream, stop: asyncio.Event, acked: list[bytes], who: str) -> None:
@@ -69,7 +59,7 @@ def test_a_kill_under_appends_loses_and_doubles_nothing(sync: str) -> None:
             stop.set()
             await asyncio.gather(*writers)
             await stream.append([Message("end", b"end")])
-            stored = await read_all(stream)
+            stored = data_of(await read_all(stream))
             assert max(Counter(stored).values()) == 1
             for w in range(2):
                 mine = [d for d in stored if d.startswith(b"%d." % w)]
@@ -153,7 +143,7 @@ def test_a_stopped_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
                         break
                     except (Ambiguous, Unavailable, TimedOut):
                         await asyncio.sleep(0.1)
-            assert await read_all(stream) == [b"1", b"2"]
+            assert data_of(await read_all(stream)) == [b"1", b"2"]
 
     with run_nats(own_process=True) as server:
         run(go(server), 60)

@@ -19,6 +19,7 @@ import mist
 from mist.broker.base import Broker, Checkpoint, ConsumerConfig, Message, Stream
 from mist.errors import InvalidArgument
 from mist.protocol.subject import decode_token, encode_token, subject_for, tenant_stream
+from mist.testing.conformance.harness import data_of, read_all
 from mist.testing.servers import run_nats, run_redis
 from tests.campaigns.sites import lacking
 
@@ -84,18 +85,6 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
                 yield stack.enter_context(run_redis(own_process=True)).url
 
 
-async def everything(stream: Stream) -> list[bytes]:
-    """The data of all records."""
-    out: list[bytes] = []
-    after = 0
-    while True:
-        page = await stream.read(after=after, limit=1000)
-        out += [r.data for r in page.records]
-        after = page.scanned
-        if after >= page.last:
-            return out
-
-
 def test_tenants_reach_their_own_stream_only(url: str) -> None:
     """Each nasty tenant gets a stream of its own or none; what it appends, reads, consumes, trims and deletes is its own."""
 
@@ -117,7 +106,9 @@ def test_tenants_reach_their_own_stream_only(url: str) -> None:
                 names.add(name)
                 await one_tenant(broker, name, what)
             for t, stream in [*victims.items(), ("", plain)]:
-                assert await everything(stream) == [f"secret of {t}".encode()], f"the stream of {t!r} has changed"
+                assert data_of(await read_all(stream)) == [f"secret of {t}".encode()], (
+                    f"the stream of {t!r} has changed"
+                )
                 assert (await stream.info()).records == 1
                 assert await stream.consumers() == []
             listed = {n for n in await broker.streams() if n.startswith(base)}
@@ -130,7 +121,7 @@ async def one_tenant(broker: Broker, name: str, what: str) -> None:
     stream = await broker.open(name)
     mine = f"of {what}".encode()
     await stream.append([Message("events", mine, "id-a")])
-    assert await everything(stream) == [mine]
+    assert data_of(await read_all(stream)) == [mine]
     consumer = await stream.consumer("all", ConsumerConfig(attempts_max=1))
     deliveries = await consumer.fetch(limit=100, wait_s=5)
     assert [d.record.data for d in deliveries] == [mine]
@@ -191,7 +182,7 @@ def test_raw_names_are_refused_or_mean_themselves(url: str) -> None:
                 await raw_stream(broker, name, what)
                 await raw_consumer(victim, name, what)
                 await raw_checkpoint(broker, victim, name, what)
-            assert await everything(victim) == [b"secret"]
+            assert data_of(await read_all(victim)) == [b"secret"]
             assert (await work.info()).lag == 1
             assert "work" in await victim.consumers()
             found = await broker.checkpoints.load(base, "a")
@@ -210,7 +201,7 @@ async def raw_stream(broker: Broker, name: str, what: str) -> None:
             continue
         except mist.errors.NotFound:
             continue
-        assert await everything(stream) == [], f"{what} opened somebody's stream"
+        assert data_of(await read_all(stream)) == [], f"{what} opened somebody's stream"
         await broker.delete(name)
     try:
         assert await broker.checkpoints.list(name) == [] or name == "", f"{what} lists others' checkpoints"
@@ -263,7 +254,7 @@ def test_raw_subjects_and_filters(url: str) -> None:
                 assert all(r.data != b"secret" for r in found.records)
                 if text not in (">", "*", "*.>"):
                     assert {r.subject for r in found.records} <= {text}, f"{what} matched more than itself"
-            assert await everything(other) == [b"secret"]
+            assert data_of(await read_all(other)) == [b"secret"]
 
     asyncio.run(asyncio.wait_for(main(), 90))
 
