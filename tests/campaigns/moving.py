@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from mist.broker.again import again
 from mist.broker.base import Broker, Headers, Message, Stream, StreamConfig
 from mist.broker.feed import Feed
-from mist.broker.patience import Patience
+from mist.broker.patience import Patience, again
 from mist.broker.registry import connect
 from mist.errors import MistError
 from mist.kit.local import LocalServer
