@@ -79,7 +79,7 @@ fmt: $(STAMP)  ## format and fix what can be fixed
 # Universal over Python 3.11 to 3.13 and all platforms; hashes, and neither hosts nor index lines nor local paths.
 lock:  ## write requirements.lock anew (needs uv)
 	$(UV) pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
-	  --extra nats --extra redis --extra server --extra client --extra fast --group dev \
+	  --extra all --group dev \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" -o requirements.lock
 
 clean:  ## remove the environment, caches and builds
