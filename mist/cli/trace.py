@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mist.tools.tokentrace.queries import StoredSpan
     from mist.tools.tokentrace.spans import SpanRow
     from mist.tools.tokentrace.store import Store
+    from mist.tools.tokentrace.where import Where
 
 app = noun("Traces of LLM calls: fill the store from the stream, and ask it.")
 
@@ -31,6 +32,12 @@ def _store(session: Session, given: str) -> Store:
     from mist.tools.tokentrace.store import Store
 
     return Store.read(store_path(session.url, "tokentrace", given))
+
+
+def _where(model: str, since: str, until: str, *, failed: bool = False) -> Where:
+    from mist.tools.tokentrace.where import Where
+
+    return Where(model=model or None, since_ns=time_option(since), until_ns=time_option(until), failed=failed)
 
 
 @app.command()
@@ -116,7 +123,7 @@ async def worker(
     restart: Annotated[bool, typer.Option("--restart", help="The stream was made again: begin it anew.")] = False,
     page: Annotated[
         int, typer.Option("--page", min=1, max=100_000, metavar="N", help="Records per transaction.")
-    ] = 1000,
+    ] = 2000,
     record: Annotated[
         str, typer.Option("--record", metavar="NAME", help="Keep an append-only record of every row applied.")
     ] = "",
@@ -136,7 +143,7 @@ async def worker(
       mist trace worker --until-end -u log:./data
     """
     from mist.cli.position import after_of, parse_position
-    from mist.tools.tokentrace.ingest import Progress, start
+    from mist.tools.tokentrace.ingest import Options, Progress, start
     from mist.tools.tokentrace.ingest import ingest as run_ingest
     from mist.tools.tokentrace.store import Store
 
@@ -149,7 +156,7 @@ async def worker(
     with Store.open(store_path(session.url, "tokentrace", store)) as opened_store:
         after = start(opened_store, opened, restart=restart, first_after=first_after)
         until = info.last if until_end else None
-        out.note(f"ingesting {stream} into {opened_store.path}, after sequence {after}")
+        out.note(f"ingesting {stream} into {opened_store.place}, after sequence {after}")
         progress = Progress(after, after)
         try:
             await drained(
@@ -160,8 +167,7 @@ async def worker(
                     until=until,
                     stop=stop,
                     first_after=first_after,
-                    record=record,
-                    page_records=page,
+                    options=Options(record=record, page_records=page),
                     on_event=out.warn,
                     progress=progress,
                 )
@@ -200,18 +206,11 @@ def ls(
     import msgspec
 
     from mist.cli.render import moment
-    from mist.tools.tokentrace.queries import newest_traces
+    from mist.tools.tokentrace.queries import traces
 
     session = current()
     with _store(session, store) as opened:
-        found = newest_traces(
-            opened,
-            limit=n,
-            model=model,
-            failed=failed,
-            since_ns=time_option(since),
-            until_ns=time_option(until),
-        )
+        found = traces(opened, _where(model, since, until, failed=failed), limit=n).traces
     rows = [msgspec.to_builtins(t) for t in found]
     if session.out.format == "table":
         rows = [{**r, "start": moment(r["start_ns"] or 0), "models": ", ".join(r["models"])} for r in rows]
@@ -331,10 +330,10 @@ def _tail_row(row: SpanRow) -> dict[str, Any]:
 
 @app.command()
 def stats(model: ModelOption = "", since: SinceOption = "", until: UntilOption = "", store: StoreOption = "") -> None:
-    """Latency, tokens and cost by model: exact percentiles (nearest rank).
+    """Latency, tokens and cost by model: percentiles within 0.8 % of the exact ones (nearest rank).
 
-    JSON: {"total", "spans": [{"model", "count", "latency_ms": {"p50", "p90", "p99"}, "tokens_in": {…}, "tokens_out": {…},
-    "cost_usd"}]}. What is unknown is null, never zero.
+    JSON: {"total", "spans": [{"model", "count", "errors", "latency_ms": {"p50", "p90", "p95", "p99"}, "tokens_in": {…},
+    "tokens_out": {…}, "cost_usd", "cost_known"}]}. What is unknown is null, never zero.
 
     Example:
       mist trace stats --since 1h --format json
@@ -346,7 +345,7 @@ def stats(model: ModelOption = "", since: SinceOption = "", until: UntilOption =
     session = current()
     out = session.out
     with _store(session, store) as opened:
-        found = compute(opened, model=model, since_ns=time_option(since), until_ns=time_option(until))
+        found = compute(opened, _where(model, since, until))
     if out.json:
         out.item(msgspec.to_builtins(found))
         return
@@ -390,8 +389,8 @@ def errors(
     """
     import msgspec
 
-    from mist.tools.tokentrace.queries import failed_spans
     from mist.tools.tokentrace.queries import quarantined as refused
+    from mist.tools.tokentrace.queries import spans
 
     session = current()
     out = session.out
@@ -400,14 +399,8 @@ def errors(
             rows = [msgspec.to_builtins(r) for r in refused(opened, limit=n)]
             out.rows(rows, ["stream", "sequence", "subject", "reason"], empty="nothing was refused")
             return
-        spans = failed_spans(
-            opened,
-            limit=n,
-            model=model,
-            since_ns=time_option(since),
-            until_ns=time_option(until),
-        )
-    rows = [_span(s) for s in spans]
+        failed = spans(opened, _where(model, since, until, failed=True), limit=n).spans
+    rows = [_span(s) for s in failed]
     for row in rows:
         row["error"] = row["attrs"].get("error") if isinstance(row["attrs"], dict) else None
     out.rows(rows, ["trace_id", "span_id", "start", "operation", "model", "status", "error"], empty="no failed spans")
@@ -433,7 +426,7 @@ def export(
     session = current()
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(_store(session, store))
-        spans = every_span(opened, model=model, since_ns=time_option(since), until_ns=time_option(until))
+        spans = every_span(opened, _where(model, since, until))
         if file == "-":
             write = session.out.write
         else:

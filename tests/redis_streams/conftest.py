@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+from conftest import missing
 from redis import Redis
 
 from mist.kit.local import RedisServer
 from mist.testing.servers import MissingServer, run_redis
 
 Start = Callable[..., RedisServer]
-
-
-def missing(reason: str) -> None:
-    """Skip with the reason; a failure where `CI` is set."""
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +38,6 @@ def start() -> Iterator[Start]:
                 server = stack.enter_context(run_redis(own_process=True, **options))  # type: ignore[arg-type]
             except MissingServer as exc:
                 missing(str(exc))
-                raise
             assert isinstance(server, RedisServer)
             return server
 

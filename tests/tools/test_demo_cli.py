@@ -43,9 +43,9 @@ def whole(found: dict[str, Any]) -> None:
     assert (found["lost"], found["duplicated"], found["worker_kills"]) == (0, 0, 1)
     assert found["stored"] == found["acknowledged"] == sum(s["count"] for s in found["spans"])
     assert [set(s) for s in found["spans"]] == [
-        {"model", "count", "latency_ms", "tokens_in", "tokens_out", "cost_usd"}
+        {"model", "count", "errors", "latency_ms", "tokens_in", "tokens_out", "cost_usd", "cost_known"}
     ] * len(found["spans"])
-    assert all(set(s["latency_ms"]) == {"p50", "p90", "p99"} for s in found["spans"])
+    assert all(set(s["latency_ms"]) == {"p50", "p90", "p95", "p99"} for s in found["spans"])
 
 
 @pytest.mark.slow
@@ -125,12 +125,12 @@ def test_the_table_and_the_exit_code_say_what_was_found(
 
     async def told(plan: _demo_run.Plan, say: object) -> _demo_run.Outcome:
         assert plan.suite_file.is_file()
-        some = Quantiles(1, 2, 3)
+        some = Quantiles(1, 2, 2.5, 3)
         row = Row(suite="s", model="m", passed=1, total=2, rate=0.5, ci_low=0.1, ci_high=0.9)
         return _demo_run.Outcome(
             traces=_demo_run.TraceFacts(
                 verdict=Verdict(acknowledged=9, stored=9 - lost, lost=lost, duplicated=0, refused=0, unrecorded=0),
-                spans=[ModelStats("gpt", 9 - lost, some, some, some, None)],
+                spans=[ModelStats("gpt", 9 - lost, 0, some, some, some, None, 0)],
                 worker_kills=1,
                 broker_kills=0,
                 broker_away_s=0.0,

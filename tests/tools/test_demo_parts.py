@@ -21,7 +21,7 @@ from mist.protocol.payloads import TraceSpan
 from mist.tools.matchspec.results import rows
 from mist.tools.matchspec.run import grade
 from mist.tools.matchspec.suite import load
-from mist.tools.tokentrace.ingest import ingest
+from mist.tools.tokentrace.ingest import Options, ingest
 from mist.tools.tokentrace.spans import row_of
 from mist.tools.tokentrace.store import Batch, Store
 
@@ -144,7 +144,7 @@ def test_the_judge_sees_a_span_that_was_published_twice(tmp_path: Path) -> None:
             await stream.append([message(n) for n in range(1, 11)])
             last = (await stream.append([Message("trace.span", encode(envelope(3)))]))[-1]
             with Store.open(tmp_path / "t.db") as store:
-                await ingest(broker, stream, store, until=last, record="w")
+                await ingest(broker, stream, store, until=last, options=Options(record="w"))
                 return judge(acknowledged(tmp_path, 10), store)
 
     verdict = run(body())

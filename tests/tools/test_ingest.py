@@ -12,7 +12,7 @@ import mist
 from mist.broker.base import Broker, Checkpoint, Message, Stream
 from mist.errors import SequenceExpired, Unavailable, WrongIncarnation
 from mist.tools.tokentrace import ingest as module
-from mist.tools.tokentrace.ingest import CHECKPOINT, ingest
+from mist.tools.tokentrace.ingest import CHECKPOINT, Options, ingest
 from mist.tools.tokentrace.store import Batch, Store
 
 from .spanning import message
@@ -34,7 +34,7 @@ def test_everything_up_to_the_end_is_stored_and_mirrored(tmp_path: Path) -> None
             stream = await broker.open("trace")
             last = await spans(stream, 1, 250)
             with Store.open(tmp_path / "t.db") as store:
-                progress = await ingest(broker, stream, store, until=last, page_records=100)
+                progress = await ingest(broker, stream, store, until=last, options=Options(page_records=100))
                 assert store.count() == 250
             assert (progress.spans, progress.position, progress.started_after) == (250, 250, 0)
             saved = await broker.checkpoints.load("trace", CHECKPOINT)
@@ -67,7 +67,11 @@ def test_a_kill_around_any_commit_loses_and_doubles_nothing(
                     monkeypatch.setattr(Store, "apply", dying if attempt % 2 == 0 else apply)
                     try:
                         await ingest(
-                            broker, stream, store, until=last if attempt == 11 else 20, page_records=7, record="w"
+                            broker,
+                            stream,
+                            store,
+                            until=last if attempt == 11 else 20,
+                            options=Options(page_records=7, record="w"),
                         )
                     except Killed:
                         continue
@@ -87,8 +91,8 @@ def test_two_workers_on_one_store_share_the_work(tmp_path: Path) -> None:
             last = await spans(stream, 1, 500)
             with Store.open(tmp_path / "t.db") as one, Store.open(tmp_path / "t.db") as two:
                 done = await asyncio.gather(
-                    ingest(broker, stream, one, until=last, page_records=11, record="one"),
-                    ingest(broker, stream, two, until=last, page_records=13, record="two"),
+                    ingest(broker, stream, one, until=last, options=Options(page_records=11, record="one")),
+                    ingest(broker, stream, two, until=last, options=Options(page_records=13, record="two")),
                 )
                 assert sum(p.spans for p in done) == 500
                 assert [r[0] for r in one.query("SELECT sequence FROM applied ORDER BY rowid")] == list(range(1, 501))
@@ -201,7 +205,9 @@ def test_a_stop_ends_a_waiting_worker_after_its_page(tmp_path: Path) -> None:
             stop = asyncio.Event()
             with Store.open(tmp_path / "t.db") as store:
                 progress = module.Progress(0, 0)
-                task = asyncio.create_task(ingest(broker, stream, store, stop=stop, wait_s=0.02, progress=progress))
+                task = asyncio.create_task(
+                    ingest(broker, stream, store, stop=stop, options=Options(wait_s=0.02), progress=progress)
+                )
                 for first in (1, 11):
                     last = await spans(stream, first, 10)
                     while progress.position < last:
@@ -266,14 +272,14 @@ def test_a_cancelled_ingest_leaves_a_whole_store(tmp_path: Path) -> None:
         last = await spans(stream, 1, 2000)
         for _ in range(5):
             with Store.open(tmp_path / "t.db") as store:
-                task = asyncio.create_task(ingest(broker, stream, store, page_records=50, record="w"))
+                task = asyncio.create_task(ingest(broker, stream, store, options=Options(page_records=50, record="w")))
                 while store.position("trace") is None and not task.done():
                     await asyncio.sleep(0)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
         with Store.open(tmp_path / "t.db") as store:
-            await ingest(broker, stream, store, until=last, record="w")
+            await ingest(broker, stream, store, until=last, options=Options(record="w"))
             assert [r[0] for r in store.query("SELECT sequence FROM applied ORDER BY rowid")] == list(range(1, 2001))
 
     async def connected() -> None:

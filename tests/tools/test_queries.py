@@ -17,6 +17,7 @@ from mist.tools.tokentrace.queries import StoredSpan
 from mist.tools.tokentrace.spans import row_of
 from mist.tools.tokentrace.store import Batch, Refusal, Store
 from mist.tools.tokentrace.tree import tree
+from mist.tools.tokentrace.where import Where
 
 from .spanning import payload, record
 
@@ -47,14 +48,14 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def test_traces_are_listed_newest_first_and_summed(store: Store) -> None:
     """By their newest span; sums over all spans of a trace, unknown stays None."""
-    found = queries.newest_traces(store, limit=10)
+    found = queries.traces(store, limit=10).traces
     assert [t.trace_id for t in found] == ["aa02", "bb03", "aa01"]
     whole = found[2]
     assert (whole.spans, whole.failed, whole.tokens_in, whole.models) == (3, 1, 101, ["m1", "m2"])
     assert whole.latency_ms == pytest.approx(800 / 1e6)
     assert (found[1].tokens_in, found[1].cost_usd, found[1].latency_ms) == (None, None, None)
-    assert [t.trace_id for t in queries.newest_traces(store, limit=1)] == ["aa02"]
-    assert [t.trace_id for t in queries.newest_traces(store, limit=9, failed=True)] == ["aa01"]
+    assert [t.trace_id for t in queries.traces(store, limit=1).traces] == ["aa02"]
+    assert [t.trace_id for t in queries.traces(store, Where(failed=True), limit=9).traces] == ["aa01"]
 
 
 def test_a_trace_is_found_by_a_unique_beginning(store: Store) -> None:
@@ -70,7 +71,7 @@ def test_a_trace_is_found_by_a_unique_beginning(store: Store) -> None:
 
 def test_failed_spans_and_refused_records_are_listed(store: Store) -> None:
     """A status other than ok; quarantine with its reason."""
-    assert [s.span_id for s in queries.failed_spans(store, limit=5)] == [f"{2:016x}"]
+    assert [s.span_id for s in queries.spans(store, Where(failed=True), limit=5).spans] == [f"{2:016x}"]
     (refused,) = queries.quarantined(store, limit=5)
     assert (refused.sequence, refused.reason, refused.data) == (9, "malformed: x", "\ufffd{")
 
@@ -92,9 +93,9 @@ def test_exported_spans_come_in_again_as_they_were(store: Store, tmp_path: Path)
 
 def span(number: int, parent: int = 0) -> StoredSpan:
     return StoredSpan(
-        trace_id="t", span_id=f"s{number}", parent_id=f"s{parent}" if parent else "", source="", operation="", status="",
-        model=None, provider=None, start_ns=number, end_ns=None, latency_ms=None, tokens_in=None, tokens_out=None,
-        cost_usd=None, attrs=msgspec.Raw(b"{}"), sequence=number,
+        trace_id="t", span_id=f"s{number}", parent_id=f"s{parent}" if parent else "", source="", tenant="", user_id="",
+        operation="", status="", model=None, provider=None, time_ns=number, start_ns=number, end_ns=None,
+        latency_ms=None, ttft_ms=None, tokens_in=None, tokens_out=None, cost_usd=None, score=None, price=None, attrs=msgspec.Raw(b"{}"), sequence=number,
     )  # fmt: skip
 
 

@@ -27,8 +27,9 @@ def row(**changes: Any) -> SpanRow:
 def test_a_span_becomes_a_row_with_its_columns() -> None:
     """Times give the latency in milliseconds, attributes give model, tokens and cost, the record gives the sequence."""
     assert row() == SpanRow(
-        trace_id=TRACE, span_id=f"{1:016x}", parent_id="", source="svc", operation="chat", status="ok", model="m1",
-        provider="p1", start_ns=1_700_000_000_000_000_001, end_ns=1_700_000_000_250_000_001, latency_ms=250.0,
+        trace_id=TRACE, span_id=f"{1:016x}", parent_id="", source="svc", tenant="", user_id="", operation="chat",
+        status="ok", model="m1", provider="p1", time_ns=1_700_000_000_000_000_001, ttft_ms=None, score=None, price=None,
+        start_ns=1_700_000_000_000_000_001, end_ns=1_700_000_000_250_000_001, latency_ms=250.0,
         tokens_in=100, tokens_out=20, cost_usd=0.5,
         attrs='{"cost_usd":0.5,"model":"m1","provider":"p1","tokens_in":100,"tokens_out":20}', sequence=7,
     )  # fmt: skip

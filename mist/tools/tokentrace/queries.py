@@ -1,42 +1,51 @@
-"""The questions of the command line: newest traces, one trace, failed spans, refused records, everything in order.
+"""Which spans and traces there are: pages of spans, newest traces, one trace, refused records, everything in order.
 
-Answers are in a stable order (start time, then position in the stream). Nothing here writes.
+Answers are in a stable order (time, then position in the stream), the same in a store that was built again. A page says
+where the next one begins: a cursor, text that only this module reads. Nothing here writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
 
 from mist.errors import InvalidArgument, NotFound
 from mist.protocol.payloads import TraceSpan
-from mist.tools.tokentrace.stats import window
 from mist.tools.tokentrace.store import Store
+from mist.tools.tokentrace.where import FAILED, Where, clause, conditions
 
-_FAILED = "status NOT IN ('', 'ok')"
-_ORDER = "ORDER BY start_ns, sequence"
+_ORDER = "ORDER BY time_ns, sequence, id"
+_NEWEST = "ORDER BY time_ns DESC, sequence DESC, id DESC"
+LIMIT_MAX = 10_000
 
 
 class StoredSpan(Struct, frozen=True, kw_only=True):
-    """A span as stored. None = unknown."""
+    """A span as stored, see `spans.SpanRow`. None = unknown."""
 
     trace_id: str
     span_id: str
     parent_id: str
     source: str
+    tenant: str
+    user_id: str
     operation: str
     status: str
     model: str | None
     provider: str | None
+    time_ns: int
     start_ns: int | None
     end_ns: int | None
     latency_ms: float | None
+    ttft_ms: float | None
     tokens_in: int | None
     tokens_out: int | None
     cost_usd: float | None
+    score: float | None
+    price: str | None
     attrs: Raw
     sequence: int
 
@@ -55,6 +64,18 @@ class TraceSummary(Struct, frozen=True, kw_only=True):
     models: list[str]
 
 
+class SpanPage(Struct, frozen=True):
+    """`next` continues after the last one; empty = there are no more now."""
+
+    spans: list[StoredSpan]
+    next: str
+
+
+class TracePage(Struct, frozen=True):
+    traces: list[TraceSummary]
+    next: str
+
+
 class Refused(Struct, frozen=True, kw_only=True):
     """A record in quarantine. `data` is its beginning, as text."""
 
@@ -70,94 +91,161 @@ _FIELDS = StoredSpan.__struct_fields__
 _COLUMNS = ", ".join(_FIELDS)
 
 
-def _spans(store: Store, rest: str, parameters: list[object]) -> Iterator[StoredSpan]:
-    for row in store.query(f"SELECT {_COLUMNS} FROM spans {rest}", parameters):
+def _spans(store: Store, rest: str, values: list[Any]) -> Iterator[tuple[int, StoredSpan]]:
+    """(row id, span)."""
+    for number, *row in store.query(f"SELECT id, {_COLUMNS} FROM spans {rest}", values):
         fields = dict(zip(_FIELDS, row, strict=True))
         fields["attrs"] = Raw(fields["attrs"].encode())
-        yield StoredSpan(**fields)
+        yield int(number), StoredSpan(**fields)
 
 
-def every_span(
-    store: Store, *, since_ns: int | None = None, until_ns: int | None = None, model: str = ""
-) -> Iterator[StoredSpan]:
-    """All spans by start time, one at a time."""
-    where, parameters = window(since_ns, until_ns, model)
-    return _spans(store, f"{where} {_ORDER}", parameters)
+def _cursor(text: str) -> tuple[int, int, int] | None:
+    if not text:
+        return None
+    try:
+        time_ns, sequence, number = (int(part) for part in text.split("."))
+    except ValueError:
+        raise InvalidArgument(f"{text[:80]!r} is not a cursor", hint="take it from `next` of the page before") from None
+    if not all(0 <= part < 2**63 for part in (time_ns, sequence, number)):
+        raise InvalidArgument(f"{text[:80]!r} is not a cursor", hint="take it from `next` of the page before")
+    return time_ns, sequence, number
 
 
-def failed_spans(
-    store: Store, *, limit: int, since_ns: int | None = None, until_ns: int | None = None, model: str = ""
-) -> list[StoredSpan]:
-    """Spans whose status is neither empty nor `ok`, newest first."""
-    where, parameters = window(since_ns, until_ns, model, _FAILED)
-    return list(_spans(store, f"{where} ORDER BY start_ns DESC, sequence DESC LIMIT ?", [*parameters, limit]))
+def _limited(limit: int) -> int:
+    if not 1 <= limit <= LIMIT_MAX:
+        raise InvalidArgument(f"limit {limit} is not from 1 to {LIMIT_MAX}")
+    return limit
 
 
-def trace(store: Store, trace_id: str) -> list[StoredSpan]:
-    """The spans of one trace; the id may be shortened to any prefix that names one trace only.
+def every_span(store: Store, where: Where | None = None) -> Iterator[StoredSpan]:
+    """All spans by time, one at a time."""
+    found, values = conditions(store, where or Where())
+    for _, span in _spans(store, f"{clause(found)} {_ORDER}", values):
+        yield span
 
-    Raises NotFound, InvalidArgument for an ambiguous prefix.
-    """
-    found = list(_spans(store, f"WHERE trace_id = ? {_ORDER}", [trace_id]))
-    if found:
-        return found
-    high = trace_id + "\x7f"
+
+def spans(
+    store: Store, where: Where | None = None, *, limit: int, cursor: str = "", oldest_first: bool = False
+) -> SpanPage:
+    """Matching spans, newest first. Raises InvalidArgument for a bad limit or cursor."""
+    found, values = conditions(store, where or Where())
+    return _page(store, found, values, limit, cursor, oldest_first)
+
+
+def _page(store: Store, found: list[str], values: list[Any], limit: int, cursor: str, oldest_first: bool) -> SpanPage:
+    at = _cursor(cursor)
+    if at is not None:
+        found = [*found, f"(time_ns, sequence, id) {'>' if oldest_first else '<'} (?, ?, ?)"]
+        values = [*values, *at]
+    order = _ORDER if oldest_first else _NEWEST
+    rows = list(_spans(store, f"{clause(found)} {order} LIMIT {_limited(limit) + 1}", values))
+    more = len(rows) > limit
+    rows = rows[:limit]
+    last = rows[-1] if more else None
+    token = f"{last[1].time_ns}.{last[1].sequence}.{last[0]}" if last else ""
+    return SpanPage([span for _, span in rows], token)
+
+
+def full_trace_id(store: Store, trace_id: str, tenant: str | None = None) -> str:
+    """The id itself, or the only one that begins so. Raises NotFound, InvalidArgument for a beginning of several."""
+    condition, values = ("", []) if tenant is None else (" AND tenant = ?", [tenant])
+    if store.one(f"SELECT 1 FROM spans WHERE trace_id = ?{condition} LIMIT 1", [trace_id, *values]):
+        return trace_id
     ids = [
         str(row[0])
         for row in store.query(
-            "SELECT DISTINCT trace_id FROM spans WHERE trace_id >= ? AND trace_id < ? LIMIT 4", (trace_id, high)
+            f"SELECT DISTINCT trace_id FROM spans WHERE trace_id >= ? AND trace_id < ?{condition} LIMIT 4",
+            [trace_id, trace_id + "\x7f", *values],
         )
     ]
     if not trace_id or not ids:
-        raise NotFound(f"no trace {trace_id!r} in {store.path}", hint="`mist trace ls` lists the newest")
+        raise NotFound(f"no trace {trace_id[:80]!r} in {store.place}", hint="`mist trace ls` lists the newest")
     if len(ids) > 1:
         raise InvalidArgument(
             f"trace {trace_id!r} is not one trace: {', '.join(ids[:3])}…", hint="write more of its id"
         )
-    return list(_spans(store, f"WHERE trace_id = ? {_ORDER}", [ids[0]]))
+    return ids[0]
 
 
-def newest_traces(
-    store: Store,
-    *,
-    limit: int,
-    since_ns: int | None = None,
-    until_ns: int | None = None,
-    model: str = "",
-    failed: bool = False,
-) -> list[TraceSummary]:
-    """The traces of the newest matching spans, newest first, each summed over all its spans."""
-    where, parameters = window(since_ns, until_ns, model, *([_FAILED] if failed else []))
-    order: dict[str, None] = {}
-    sql = f"SELECT trace_id FROM spans{where} ORDER BY start_ns DESC, sequence DESC"
-    with closing(store.query(sql, parameters)) as found:
-        for (trace_id,) in found:
-            order.setdefault(trace_id)
-            if len(order) >= limit:
+def trace_page(store: Store, trace_id: str, *, limit: int, cursor: str = "", tenant: str | None = None) -> SpanPage:
+    """The spans of one trace in the order they began; the id is whole. Raises NotFound when there is none."""
+    where = Where(tenant=tenant)
+    found, values = conditions(store, where)
+    page = _page(store, ["trace_id = ?", *found], [trace_id, *values], limit, cursor, oldest_first=True)
+    if not page.spans and not cursor:
+        raise NotFound("trace not found", hint=f"GET /traces lists the ids; asked for {trace_id[:80]!r}")
+    return page
+
+
+def trace(store: Store, trace_id: str) -> list[StoredSpan]:
+    """All spans of one trace; the id may be shortened to any prefix that names one trace only.
+
+    Raises NotFound, InvalidArgument for an ambiguous prefix.
+    """
+    whole = full_trace_id(store, trace_id)
+    return [span for _, span in _spans(store, f"WHERE trace_id = ? {_ORDER}", [whole])]
+
+
+def traces(store: Store, where: Where | None = None, *, limit: int, cursor: str = "") -> TracePage:
+    """The traces of the newest matching spans, newest first, each summed over all its spans (of the tenant asked for)."""
+    where = where or Where()
+    found, values = conditions(store, where)
+    at = _cursor(cursor)
+    narrowed = [*found, "(time_ns, sequence, id) < (?, ?, ?)"] if at else found
+    order: dict[str, tuple[int, int, int]] = {}
+    earlier: set[str] = set()
+    sql = f"SELECT trace_id, time_ns, sequence, id FROM spans{clause(narrowed)} {_NEWEST}"
+    more = False
+    with closing(store.query(sql, [*values, *(at or ())])) as rows:  # type: ignore[type-var]
+        for trace_id, *place in rows:
+            if trace_id in order or trace_id in earlier:
+                continue
+            if at and _newest(store, trace_id, found, values) >= at:
+                earlier.add(trace_id)  # an earlier page has it
+                continue
+            if len(order) >= _limited(limit):
+                more = True
                 break
-    return [_summary(store, trace_id) for trace_id in order]
+            order[trace_id] = (int(place[0]), int(place[1]), int(place[2]))
+    token = ".".join(map(str, list(order.values())[-1])) if more else ""
+    return TracePage([_summary(store, trace_id, where.tenant) for trace_id in order], token)
 
 
-def _summary(store: Store, trace_id: str) -> TraceSummary:
+def _newest(store: Store, trace_id: str, found: list[str], values: list[Any]) -> tuple[int, int, int]:
     row = store.one(
-        f"SELECT count(*), sum({_FAILED}), min(start_ns), max(end_ns), sum(tokens_in), sum(tokens_out), sum(cost_usd),"
-        " max(latency_ms), json_group_array(DISTINCT model) FROM spans WHERE trace_id = ?",
-        (trace_id,),
+        f"SELECT time_ns, sequence, id FROM spans{clause(['trace_id = ?', *found])} {_NEWEST} LIMIT 1",
+        [trace_id, *values],
     )
-    if row is None:
-        raise NotFound(f"no trace {trace_id!r} in {store.path}")
-    count, failed, start, end, tokens_in, tokens_out, cost, longest, models = row
+    return (int(row[0]), int(row[1]), int(row[2])) if row else (0, 0, 0)
+
+
+def _summary(store: Store, trace_id: str, tenant: str | None) -> TraceSummary:
+    condition, values = ("", [trace_id]) if tenant is None else (" AND tenant = ?", [trace_id, tenant])
+    row = store.one(
+        f"SELECT count(*), sum(CASE WHEN {FAILED} THEN 1 ELSE 0 END), min(start_ns), max(end_ns), sum(tokens_in),"
+        f" sum(tokens_out), sum(cost_usd), max(latency_ms) FROM spans WHERE trace_id = ?{condition}",
+        values,
+    )
+    if row is None or not row[0]:
+        raise NotFound(f"no trace {trace_id!r} in {store.place}")
+    count, failed, start, end, tokens_in, tokens_out, cost, longest = row
+    models = store.query(f"SELECT DISTINCT model FROM spans WHERE trace_id = ?{condition}", values)
     return TraceSummary(
         trace_id=trace_id,
         spans=count,
         failed=failed or 0,
         start_ns=start,
         latency_ms=(end - start) / 1e6 if start is not None and end is not None else longest,
-        tokens_in=tokens_in,
-        tokens_out=tokens_out,
+        tokens_in=_whole(tokens_in),
+        tokens_out=_whole(tokens_out),
         cost_usd=cost,
-        models=sorted(m for m in msgspec.json.decode(models, type=list[str | None]) if m),
+        models=sorted(str(m[0]) for m in models if m[0]),
     )
+
+
+def _whole(value: Any) -> int | None:
+    """PostgreSQL sums whole numbers as decimals."""
+    return None if value is None else int(value)
 
 
 def quarantined(store: Store, *, limit: int) -> list[Refused]:

@@ -2,7 +2,8 @@
 
 Promises: never raises anything but BadSpan; numbers that reach a row are finite, whole where they count, not negative
 and fit SQLite; what is unknown is None, never zero. A record of another type is None: it is passed over, not refused.
-Does not: change or drop attributes (they are kept as the JSON that came), infer prices, guess tokens.
+A cost that the span does not state is made from the price table where one is given, and `price` names its version.
+Does not: change or drop attributes (they are kept as the JSON that came), guess tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from msgspec import Raw, Struct
 
 from mist.broker.base import Record, header
 from mist.errors import MistError
+from mist.kit.prices import Prices
 from mist.protocol.codec import MSGPACK, decode, decode_msgpack
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN
 
 ID_CHARS_MAX = 256
+NAME_CHARS_MAX = 1024
+"""Of model, provider, operation, source, tenant, user and status: they become keys."""
 INT_MAX = 2**63 - 1
 COUNT_MAX = 2**53
+COST_USD_MAX = 1e6
 
 
 class BadSpan(Exception):
@@ -28,22 +33,32 @@ class BadSpan(Exception):
 
 
 class SpanRow(NamedTuple):
-    """One row of the table `spans`, in the order of its columns. `attrs` is JSON text."""
+    """One row of the table `spans`, in the order of its columns. `attrs` is JSON text.
+
+    `time_ns` is when the span started, or where it does not say when its record was appended. `price` is the version
+    of the price table that made the cost; None = the span stated it, or it is unknown.
+    """
 
     trace_id: str
     span_id: str
     parent_id: str
     source: str
+    tenant: str
+    user_id: str
     operation: str
     status: str
     model: str | None
     provider: str | None
+    time_ns: int
     start_ns: int | None
     end_ns: int | None
     latency_ms: float | None
+    ttft_ms: float | None
     tokens_in: int | None
     tokens_out: int | None
     cost_usd: float | None
+    score: float | None
+    price: str | None
     attrs: str
     sequence: int
 
@@ -63,11 +78,15 @@ class _Attrs(
     Struct,
     gc=False,
     rename={
+        "score": "eval.score",
+        "user_dotted": "user.id",
+        "user_end": "enduser.id",
         "otel_model": "gen_ai.response.model",
         "otel_asked": "gen_ai.request.model",
         "otel_provider": "gen_ai.provider.name",
         "otel_in": "gen_ai.usage.input_tokens",
         "otel_out": "gen_ai.usage.output_tokens",
+        "otel_cached": "gen_ai.usage.cache_read.input_tokens",
     },
 ):
     """The attributes that become columns; OpenTelemetry's GenAI names count where ours are absent."""
@@ -76,22 +95,55 @@ class _Attrs(
     provider: object = None
     tokens_in: object = None
     tokens_out: object = None
+    tokens_cached: object = None
     cost_usd: object = None
     latency_ms: object = None
+    ttft_ms: object = None
+    score: object = None
+    user: object = None
+    user_dotted: object = None
+    user_end: object = None
     otel_model: object = None
     otel_asked: object = None
     otel_provider: object = None
     otel_in: object = None
     otel_out: object = None
+    otel_cached: object = None
 
 
+class _Quick(Struct, gc=False):
+    """An envelope with a span, read in one go."""
+
+    timestamp_ns: int
+    version: str = ""
+    id: str = ""
+    source: str = ""
+    type: str = ""
+    payload: _Span | None = None
+    checksum: int = 0
+    tenant: str = ""
+
+
+_quick = msgspec.json.Decoder(_Quick).decode
 _span = msgspec.json.Decoder(_Span).decode
 _attrs = msgspec.json.Decoder(_Attrs).decode
 _NO_ATTRS = _Attrs()
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
-def row_of(record: Record) -> SpanRow | None:
+def row_of(record: Record, prices: Prices | None = None) -> SpanRow | None:
     """The row of a record, None when it is an envelope of another type. Raises BadSpan."""
+    if not record.headers:
+        try:
+            found = _quick(record.data)
+        except _NOT_JSON:
+            found = None
+        # what is out of the ordinary in any way takes the careful path, which knows the reasons
+        if (
+            found is not None and found.type == TRACE_SPAN and found.version == "1" and found.payload is not None
+            and found.id and found.source and not found.checksum
+        ):  # fmt: skip
+            return _row(found.payload, found.source, found.tenant, record, prices)
     try:
         if header(record.headers, "Content-Type") == MSGPACK:
             env = decode_msgpack(record.data)
@@ -101,17 +153,31 @@ def row_of(record: Record) -> SpanRow | None:
         raise BadSpan(f"{exc.code}: {exc.message}") from exc
     if env.type != TRACE_SPAN:
         return None
-    return _row(env, record.sequence)
+    return _row(_payload(env), env.source, env.tenant, record, prices)
 
 
-def _row(env: Envelope, sequence: int) -> SpanRow:
+def _payload(env: Envelope) -> _Span:
     try:
-        span = _span(env.payload)
-        plain = span.attrs in (b"{}", b"null")
-        attrs = _NO_ATTRS if plain else _attrs(span.attrs)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        return _span(env.payload)
+    except _NOT_JSON as exc:
         raise BadSpan(f"malformed: payload is not a span: {exc}") from exc
-    start, end = _time(span.start_ns, "start_ns"), _time(span.end_ns, "end_ns")
+
+
+def _row(span: _Span, source: str, tenant: str, record: Record, prices: Prices | None) -> SpanRow:
+    if b"\\u0000" in record.data:
+        _no_nul(span, source, tenant)
+    raw = span.attrs
+    plain = raw in (b"{}", b"null")
+    try:
+        attrs = _NO_ATTRS if plain else _attrs(raw)
+        text = "{}" if plain else str(raw, "utf-8")
+    except _NOT_JSON as exc:
+        raise BadSpan(f"malformed: payload is not a span: {exc}") from exc
+    start, end = span.start_ns or None, span.end_ns or None
+    if start is not None and not 0 < start <= INT_MAX:
+        raise BadSpan("invalid: start_ns is out of range")
+    if end is not None and not 0 < end <= INT_MAX:
+        raise BadSpan("invalid: end_ns is out of range")
     latency: float | None
     if start is not None and end is not None:
         if end < start:
@@ -119,25 +185,59 @@ def _row(env: Envelope, sequence: int) -> SpanRow:
         latency = (end - start) / 1e6
     else:
         latency = _amount(attrs.latency_ms, "latency_ms")
-    model = attrs.model or attrs.otel_model or attrs.otel_asked
+    model = _name(attrs.model or attrs.otel_model or attrs.otel_asked, "attrs.model")
+    provider = _name(attrs.provider or attrs.otel_provider, "attrs.provider")
+    tokens_in = _count(attrs.otel_in if attrs.tokens_in is None else attrs.tokens_in, "tokens_in")
+    tokens_out = _count(attrs.otel_out if attrs.tokens_out is None else attrs.tokens_out, "tokens_out")
+    cost = _amount(attrs.cost_usd, "cost_usd", COST_USD_MAX)
+    time_ns = start or record.timestamp_ns
+    price = None
+    if cost is None and prices is not None and model is not None:
+        cost = prices.cost_usd(
+            provider=provider or "", model=model, time_ns=time_ns, tokens_in=tokens_in, tokens_out=tokens_out,
+            tokens_cached=_count(
+                attrs.otel_cached if attrs.tokens_cached is None else attrs.tokens_cached, "tokens_cached"
+            ),
+        )  # fmt: skip
+        if cost is not None:
+            price = prices.version
     return SpanRow(
         _id(span.trace_id, "trace_id"),
         _id(span.span_id, "span_id"),
         span.parent_id,
-        env.source,
-        span.operation,
-        span.status,
-        _text(model, "model"),
-        _text(attrs.provider or attrs.otel_provider, "provider"),
+        source if len(source) <= NAME_CHARS_MAX else _long("source"),
+        tenant if len(tenant) <= NAME_CHARS_MAX else _long("tenant"),
+        _user(attrs.user or attrs.user_dotted or attrs.user_end),
+        span.operation if len(span.operation) <= NAME_CHARS_MAX else _long("operation"),
+        span.status if len(span.status) <= NAME_CHARS_MAX else _long("status"),
+        model,
+        provider,
+        time_ns,
         start,
         end,
         latency,
-        _count(attrs.otel_in if attrs.tokens_in is None else attrs.tokens_in, "tokens_in"),
-        _count(attrs.otel_out if attrs.tokens_out is None else attrs.tokens_out, "tokens_out"),
-        _amount(attrs.cost_usd, "cost_usd"),
-        "{}" if plain else bytes(span.attrs).decode(),
-        sequence,
+        _amount(attrs.ttft_ms, "ttft_ms"),
+        tokens_in,
+        tokens_out,
+        cost,
+        _amount(attrs.score, "eval.score"),
+        price,
+        text,
+        record.sequence,
     )
+
+
+def _no_nul(span: _Span, source: str, tenant: str) -> None:
+    """Names become keys, and not every database can hold this character in a text."""
+    texts = (span.trace_id, span.span_id, span.parent_id, span.operation, span.status, source, tenant)
+    if any("\0" in text for text in texts):
+        raise BadSpan("invalid: a name holds the character NUL")
+
+
+def cached_tokens(attrs: str) -> int | None:
+    """The cached part of the input that stored attributes state."""
+    found = _attrs(attrs)
+    return _count(found.otel_cached if found.tokens_cached is None else found.tokens_cached, "tokens_cached")
 
 
 def _id(text: str, name: str) -> str:
@@ -147,20 +247,25 @@ def _id(text: str, name: str) -> str:
     raise BadSpan(f"invalid: {name} {what}")
 
 
-def _time(value: int, name: str) -> int | None:
-    if value == 0:
-        return None
-    if 0 < value <= INT_MAX:
-        return value
-    raise BadSpan(f"invalid: {name} is out of range")
+def _long(name: str) -> str:
+    raise BadSpan(f"invalid: {name} is longer than {NAME_CHARS_MAX} characters")
 
 
-def _text(value: object, name: str) -> str | None:
+def _name(value: object, name: str) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):
+        if len(value) > NAME_CHARS_MAX or "\0" in value:
+            raise BadSpan(f"invalid: {name} is longer than {NAME_CHARS_MAX} characters or holds NUL")
         return value
-    raise BadSpan(f"invalid: attrs.{name} is not text")
+    raise BadSpan(f"invalid: {name} is not text")
+
+
+def _user(value: object) -> str:
+    """Who it was for; a number is an id too."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _name(value, "attrs.user") or ""
 
 
 def _count(value: object, name: str) -> int | None:
@@ -173,9 +278,9 @@ def _count(value: object, name: str) -> int | None:
     raise BadSpan(f"invalid: attrs.{name} is not a whole number from 0 to 2^53")
 
 
-def _amount(value: object, name: str) -> float | None:
+def _amount(value: object, name: str, most: float = COUNT_MAX) -> float | None:
     if value is None:
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= COUNT_MAX:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most:
         return float(value)
-    raise BadSpan(f"invalid: attrs.{name} is not a number from 0 to 2^53")
+    raise BadSpan(f"invalid: attrs.{name} is not a number from 0 to {most:.0f}")

@@ -1,20 +1,20 @@
-"""The TokenTrace store: one SQLite file (WAL) that holds spans *and* the position they came from.
+"""The TokenTrace store: spans, what follows from them, *and* the position they came from, in one database.
 
-Promises: `apply` stores a page's rows, its refusals and the new position in one transaction, and only if the position
-is still the one the page was read after; so whatever dies at whatever instant, and however many ingests share the
-file, every record has its effect once. A span is known by (trace_id, span_id), the first one stays. `applied` (only
-where asked for) is an append-only record of every row handed to the store, without any uniqueness, from which a judge
-can see a record applied twice.
+Promises: `apply` stores a page's rows, their part of the totals, its refusals and the new position in one transaction,
+and only if the position is still the one the page was read after; so whatever dies at whatever instant, and however
+many ingests share the store, every record has its effect once. A span is known by (trace_id, span_id), the first one
+stays. Totals (`rollups`) are sums and sketches that do not depend on the order of things: a store that is built again
+from the same records gives the same answers, and an erased span is taken out of them again.
 
-`synchronous=NORMAL`: a power cut may take the last transactions back, position and rows together; they are then read
-from the stream again. The stream is the durable copy, this file can be deleted and built again.
+The stream is the durable copy: a store can be deleted and built again (`rebuilding`), all at once or not at all.
+Two databases: an SQLite file, the default, and PostgreSQL (`postgresql://…`) for who outgrows it; the statements are
+these, the differences lie in their drivers. A Store is not for two threads at once.
 """
 
 from __future__ import annotations
 
-import sqlite3
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,40 +22,21 @@ from typing import Any, Self
 
 from msgspec import Struct
 
-from mist.errors import InvalidArgument, Locked, MistError, NotFound, Refused, StorageFull, Unavailable
-from mist.tools.tokentrace.spans import SpanRow
+from mist.errors import Internal, InvalidArgument
+from mist.kit.prices import Prices
+from mist.tools.tokentrace.driver import Driver, Values
+from mist.tools.tokentrace.rollup import OTHER, STEPS, Cell, Series, cells_by_minute, coarser
+from mist.tools.tokentrace.schema import COLUMNS, DERIVED
+from mist.tools.tokentrace.spans import SpanRow, cached_tokens
 
-VERSION = 1
 QUARANTINE_BYTES_MAX = 4096
 """So much of a refused record is kept here; all of it stays in the stream."""
-_BUSY_S = 10.0
-
-_SCHEMA = """
-CREATE TABLE spans (
-  trace_id TEXT NOT NULL, span_id TEXT NOT NULL, parent_id TEXT NOT NULL, source TEXT NOT NULL,
-  operation TEXT NOT NULL, status TEXT NOT NULL, model TEXT, provider TEXT, start_ns INTEGER, end_ns INTEGER,
-  latency_ms REAL, tokens_in INTEGER, tokens_out INTEGER, cost_usd REAL, attrs TEXT NOT NULL, sequence INTEGER NOT NULL
-);
-CREATE UNIQUE INDEX spans_id ON spans (trace_id, span_id);
-CREATE INDEX spans_start ON spans (start_ns);
-CREATE INDEX spans_failed ON spans (start_ns) WHERE status NOT IN ('', 'ok');
-CREATE TABLE position (
-  stream TEXT PRIMARY KEY, incarnation TEXT NOT NULL, sequence INTEGER NOT NULL, time_ns INTEGER NOT NULL
-);
-CREATE TABLE quarantine (
-  stream TEXT NOT NULL, incarnation TEXT NOT NULL, sequence INTEGER NOT NULL, time_ns INTEGER NOT NULL,
-  reason TEXT NOT NULL, subject TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (stream, incarnation, sequence)
-) WITHOUT ROWID;
-CREATE TABLE gaps (
-  stream TEXT NOT NULL, incarnation TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
-  time_ns INTEGER NOT NULL, reason TEXT NOT NULL
-);
-CREATE TABLE applied (sequence INTEGER NOT NULL, trace_id TEXT NOT NULL, span_id TEXT NOT NULL, worker TEXT NOT NULL);
-CREATE TRIGGER applied_stays BEFORE UPDATE ON applied BEGIN SELECT RAISE(ABORT, 'applied is append-only'); END;
-CREATE TRIGGER applied_keeps BEFORE DELETE ON applied BEGIN SELECT RAISE(ABORT, 'applied is append-only'); END;
-"""
-
-_INSERT = f"INSERT INTO spans VALUES ({','.join('?' * len(SpanRow._fields))}) ON CONFLICT DO NOTHING"
+SERIES_MAX = 2000
+"""So many (operation, model, provider) one tenant may have totals of; what comes later is counted as OTHER."""
+TENANTS_SERIES_MAX = 50_000
+"""The same for all tenants together."""
+_CHUNK = 2000
+_CACHED_CELLS_MAX = 2000
 
 
 class Position(Struct, frozen=True):
@@ -92,6 +73,26 @@ class Batch(Struct, frozen=True, kw_only=True):
     rows: Sequence[SpanRow] = ()
     refused: Sequence[Refusal] = ()
     gaps: Sequence[Gap] = ()
+    other: int = 0
+    """Records of other types, which were passed over."""
+
+
+class Selector(Struct, frozen=True, kw_only=True):
+    """Whose spans: those of one trace, one user, or one tenant. Exactly one is given."""
+
+    trace_id: str = ""
+    user: str = ""
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        if sum(bool(v) for v in (self.trace_id, self.user, self.tenant)) != 1:
+            raise InvalidArgument("name one trace, one user or one tenant")
+
+    def condition(self) -> tuple[str, str]:
+        """(SQL condition with one parameter, the parameter)."""
+        if self.trace_id:
+            return "trace_id = ?", self.trace_id
+        return ("user_id = ?", self.user) if self.user else ("tenant = ?", self.tenant)
 
 
 class PositionMoved(Exception):
@@ -99,52 +100,39 @@ class PositionMoved(Exception):
 
 
 class Store:
-    """One open store. Not for two threads at once; many processes may open the file."""
+    """One open store; `place` says where, without a password."""
 
-    def __init__(self, path: Path, db: sqlite3.Connection) -> None:
-        self.path = path
-        self._db = db
-
-    @classmethod
-    def open(cls, path: Path | str) -> Store:
-        """Open for ingest, made when absent, with its directory. Raises InvalidArgument for a file that is no store."""
-        path = Path(path)
-        with _translated(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            try:
-                db.execute("PRAGMA journal_mode=WAL")
-                db.execute("PRAGMA synchronous=NORMAL")
-                db.execute("PRAGMA cache_size=-65536")
-                db.execute("BEGIN IMMEDIATE")
-                if _version(db) == 0:
-                    for statement in _statements():
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version={VERSION}")
-                db.execute("COMMIT")
-                _check_version(db, path)
-            except BaseException:
-                db.close()
-                raise
-        return cls(path, db)
+    def __init__(self, driver: Driver) -> None:
+        self.place = driver.place
+        self._db = driver
+        self._depth = 0
+        self._broken = False
+        self._series: set[Series] = set()
+        self._cells: dict[tuple[int, int, Series], Cell] = {}
 
     @classmethod
-    def read(cls, path: Path | str) -> Store:
+    def open(cls, place: Path | str) -> Store:
+        """Open for ingest, made when absent. `place` is a file, or a `postgresql://` URL.
+
+        Raises InvalidArgument for what is no store of ours, Refused or Unavailable where it cannot be reached.
+        """
+        return cls._connect(place, writing=True)
+
+    @classmethod
+    def read(cls, place: Path | str) -> Store:
         """Open for questions only; never makes or changes anything. Raises NotFound when there is no store."""
-        path = Path(path)
-        if not path.is_file():
-            raise NotFound(
-                f"no TokenTrace store at {path}", hint="`mist trace worker --until-end` builds it from the stream"
-            )
-        with _translated(path):
-            uri = f"{path.resolve().as_uri()}?mode=ro"
-            db = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            try:
-                _check_version(db, path)
-            except BaseException:
-                db.close()
-                raise
-        return cls(path, db)
+        return cls._connect(place, writing=False)
+
+    @classmethod
+    def _connect(cls, place: Path | str, *, writing: bool) -> Store:
+        if isinstance(place, str) and place.startswith(("postgresql://", "postgres://")):
+            from mist.tools.tokentrace.postgres import PostgresDriver
+
+            return cls(PostgresDriver.open(place) if writing else PostgresDriver.read(place))
+        from mist.tools.tokentrace.sqlite import SqliteDriver
+
+        path = Path(place)
+        return cls(SqliteDriver.open(path) if writing else SqliteDriver.read(path))
 
     def close(self) -> None:
         self._db.close()
@@ -157,120 +145,318 @@ class Store:
     ) -> None:
         self.close()
 
-    def position(self, stream: str) -> Position | None:
-        """Where the store stands in that stream."""
-        row = self.one("SELECT stream, incarnation, sequence FROM position WHERE stream = ?", (stream,))
-        return Position(*row) if row else None
+    # ----------------------------------------------------------------- transactions
 
-    def forget(self, stream: str) -> None:
-        """Drop the position (spans stay): the next ingest begins anew. For a stream that was made again."""
-        with _translated(self.path):
-            self._db.execute("DELETE FROM position WHERE stream = ?", (stream,))
-
-    def apply(self, stream: str, incarnation: str, batch: Batch, *, record: str = "") -> int:
-        """One transaction: rows, refusals, gaps and the position. Returns how many spans are new.
-
-        Raises PositionMoved when the store no longer stands at `batch.after`. `record` names the worker in the
-        append-only table `applied`; empty = the table is not written.
-        """
-        db, now = self._db, time.time_ns()
-        with _translated(self.path):
-            db.execute("BEGIN IMMEDIATE")
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing; one inside another belongs to it."""
+        if self._depth == 0:
+            self._db.begin()
+            self._broken = False
+        self._depth += 1
+        try:
+            if self._depth == 1 and self._db.changed_elsewhere():
+                self._forget_cache()
+            yield
+        except BaseException:
+            self._depth -= 1
+            self._forget_cache()
+            self._broken = True  # what failed inside may be half done: the whole cannot be kept
+            if self._depth == 0:
+                self._db.rollback()
+            raise
+        self._depth -= 1
+        if self._depth == 0:
             try:
-                row = db.execute(
-                    "SELECT sequence FROM position WHERE stream = ? AND incarnation = ?", (stream, incarnation)
-                ).fetchone()
-                if (row[0] if row else batch.after) != batch.after:
-                    raise PositionMoved
-                new = db.executemany(_INSERT, batch.rows).rowcount if batch.rows else 0
-                if record:
-                    db.executemany(
-                        "INSERT INTO applied VALUES (?, ?, ?, ?)",
-                        [(r.sequence, r.trace_id, r.span_id, record) for r in batch.rows],
-                    )
-                db.executemany(
-                    "INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    [
-                        (stream, incarnation, r.sequence, r.time_ns, r.reason, r.subject, r.data[:QUARANTINE_BYTES_MAX])
-                        for r in batch.refused
-                    ],
-                )
-                db.executemany(
-                    "INSERT INTO gaps VALUES (?, ?, ?, ?, ?, ?)",
-                    [(stream, incarnation, g.first, g.last, now, g.reason) for g in batch.gaps],
-                )
-                db.execute(
-                    "INSERT OR REPLACE INTO position VALUES (?, ?, ?, ?)", (stream, incarnation, batch.scanned, now)
-                )
-                db.execute("COMMIT")
+                if self._broken:
+                    raise Internal("a part of this transaction failed: it cannot be kept")
+                self._db.commit()
             except BaseException:
-                if db.in_transaction:  # a full disk has rolled back already
-                    db.execute("ROLLBACK")
+                self._forget_cache()
+                self._db.rollback()
                 raise
-        return max(new, 0)
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> Generator[tuple[Any, ...], None, None]:
+    def _forget_cache(self) -> None:
+        self._cells.clear()
+        self._series.clear()
+
+    def query(self, sql: str, values: Values = ()) -> Iterator[tuple[Any, ...]]:
         """Rows of a question, as they come. To be read to its end or closed before the store is."""
-        with _translated(self.path):
-            yield from self._db.execute(sql, parameters)
+        return self._db.query(sql, values)
 
-    def one(self, sql: str, parameters: Sequence[Any] = ()) -> tuple[Any, ...] | None:
-        with _translated(self.path):
-            row: tuple[Any, ...] | None = self._db.execute(sql, parameters).fetchone()
-            return row
+    def one(self, sql: str, values: Values = ()) -> tuple[Any, ...] | None:
+        return next(iter(self._db.fetch(sql, values)), None)
 
     def count(self, table: str = "spans") -> int:
         row = self.one(f"SELECT count(*) FROM {table}")
         return int(row[0]) if row else 0
 
+    def attribute(self, key: str) -> tuple[str, tuple[str, ...]]:
+        """The SQL expression of an attribute as text, and its parameters."""
+        return self._db.attribute(key)
 
-def _statements() -> Iterator[str]:
-    # executescript would commit the transaction that makes two first openers safe
-    statement = ""
-    for line in _SCHEMA.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+    # ----------------------------------------------------------------- ingest
 
+    def position(self, stream: str) -> Position | None:
+        """Where the store stands in that stream."""
+        row = self.one("SELECT stream, incarnation, sequence FROM position WHERE stream = ?", (stream,))
+        return Position(*row) if row else None
 
-def _version(db: sqlite3.Connection) -> int:
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
-    if version == 0 and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        return -1  # somebody else's database
-    return version
+    def streams(self) -> set[str]:
+        """The streams whose records are in the store."""
+        return {str(row[0]) for row in self._db.fetch("SELECT stream FROM position")}
 
+    def forget(self, stream: str) -> None:
+        """Drop the position (spans stay): the next ingest begins anew. For a stream that was made again."""
+        with self._transaction():
+            self._db.execute("DELETE FROM position WHERE stream = ?", (stream,))
 
-def _check_version(db: sqlite3.Connection, path: Path) -> None:
-    version = _version(db)
-    if version != VERSION:
-        raise InvalidArgument(
-            f"{path} is not a TokenTrace store this version can read (schema {version}, ours is {VERSION})",
-            hint="name another file with --store; the stream builds it again",
+    def apply(self, stream: str, incarnation: str, batch: Batch, *, record: str = "") -> int:
+        """One transaction: rows, totals, refusals, gaps and the position. Returns how many spans are new.
+
+        Raises PositionMoved when the store no longer stands at `batch.after`. `record` names the worker in the
+        append-only table `applied`; empty = the table is not written.
+        """
+        db, now = self._db, time.time_ns()
+        with self._transaction():
+            row = self.one("SELECT sequence FROM position WHERE stream = ? AND incarnation = ?", (stream, incarnation))
+            if (row[0] if row else batch.after) != batch.after:
+                raise PositionMoved
+            new = self._insert(batch.rows) if batch.rows else []
+            if record:
+                db.execute_many(
+                    "INSERT INTO applied VALUES (?, ?, ?, ?)",
+                    [(r.sequence, r.trace_id, r.span_id, record) for r in batch.rows],
+                )
+            db.execute_many(
+                "INSERT INTO quarantine VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                [
+                    (stream, incarnation, r.sequence, r.time_ns, r.reason, r.subject, r.data[:QUARANTINE_BYTES_MAX])
+                    for r in batch.refused
+                ],
+            )
+            db.execute_many(
+                "INSERT INTO gaps VALUES (?, ?, ?, ?, ?, ?)",
+                [(stream, incarnation, g.first, g.last, now, g.reason) for g in batch.gaps],
+            )
+            db.execute(
+                "INSERT INTO position VALUES (?, ?, ?, ?) ON CONFLICT (stream) DO UPDATE SET"
+                " incarnation = excluded.incarnation, sequence = excluded.sequence, time_ns = excluded.time_ns",
+                (stream, incarnation, batch.scanned, now),
+            )
+        return len(new)
+
+    def _insert(self, rows: Sequence[SpanRow]) -> Sequence[SpanRow]:
+        """Insert what is new and count it in; the new rows."""
+        self._db.execute("SAVEPOINT before_spans")
+        new: Sequence[SpanRow] = rows
+        if self._db.insert_spans(rows) != len(rows):
+            # some were there already: which ones decides what the totals gain
+            self._db.execute("ROLLBACK TO SAVEPOINT before_spans")
+            known = self._known(rows)
+            fresh: dict[tuple[str, str], SpanRow] = {}
+            for row in rows:
+                key = (row.trace_id, row.span_id)
+                if key not in known:
+                    fresh.setdefault(key, row)
+            new = list(fresh.values())
+            self._db.insert_spans(new)
+        self._db.execute("RELEASE SAVEPOINT before_spans")
+        self._add(cells_by_minute(new))
+        return new
+
+    def _known(self, rows: Sequence[SpanRow]) -> set[tuple[str, str]]:
+        found: set[tuple[str, str]] = set()
+        for at in range(0, len(rows), 200):
+            part = rows[at : at + 200]
+            pairs = ",".join(["(?, ?)"] * len(part))
+            keys = [text for row in part for text in (row.trace_id, row.span_id)]
+            found.update(
+                (str(r[0]), str(r[1]))
+                for r in self._db.fetch(
+                    f"SELECT trace_id, span_id FROM spans WHERE (trace_id, span_id) IN (VALUES {pairs})", keys
+                )
+            )
+        return found
+
+    # ----------------------------------------------------------------- totals
+
+    def _add(self, minutes: dict[tuple[int, Series], Cell], sign: int = 1) -> None:
+        """Merge what rows add (or, with -1, take away) into the cells of every width."""
+        if not minutes:
+            return
+        capped = self._capped(minutes)
+        changed: list[tuple[Any, ...]] = []
+        emptied: list[tuple[Any, ...]] = []
+        for step in STEPS:
+            for (at, series), more in coarser(capped, step).items():
+                cell = self._cell(step, at, series)
+                cell.merge(more, sign)
+                if cell.spans:
+                    changed.append((step, at, *series, cell.spans, cell.failed, cell.timeouts, cell.pack()))
+                else:
+                    emptied.append((step, at, *series))
+                    self._cells.pop((step, at, series), None)
+        self._db.execute_many(
+            "INSERT INTO rollups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (step, at, tenant, operation, model, provider) DO UPDATE SET spans = excluded.spans,"
+            " failed = excluded.failed, timeouts = excluded.timeouts, measures = excluded.measures",
+            changed,
+        )
+        self._db.execute_many(
+            "DELETE FROM rollups WHERE step = ? AND at = ? AND tenant = ? AND operation = ? AND model = ?"
+            " AND provider = ?",
+            emptied,
         )
 
+    def _cell(self, step: int, at: int, series: Series) -> Cell:
+        """The cell as it stands, for the writing transaction. Kept for the next page as long as nobody else writes."""
+        key = (step, at, series)
+        cell = self._cells.get(key)
+        if cell is None:
+            row = self.one(
+                "SELECT spans, failed, timeouts, measures FROM rollups WHERE step = ? AND at = ? AND tenant = ?"
+                " AND operation = ? AND model = ? AND provider = ?",
+                (step, at, *series),
+            )
+            cell = Cell.unpack(row[0], row[1], row[2], bytes(row[3])) if row else Cell()
+            if len(self._cells) >= _CACHED_CELLS_MAX:
+                self._cells.clear()
+            self._cells[key] = cell
+        return cell
 
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """SQLite's and the file system's errors as ours."""
-    try:
-        yield
-    except sqlite3.Error as exc:
-        raise _mist_error(path, exc) from exc
-    except OSError as exc:
-        raise Refused(f"{path}: {exc.strerror or exc}", hint="name another file with --store") from exc
+    def _capped(self, minutes: dict[tuple[int, Series], Cell]) -> dict[tuple[int, Series], Cell]:
+        """With series beyond the caps as OTHER: what comes from outside must not make totals without end."""
+        names = {series for _, series in minutes}
+        if not names <= self._series:
+            self._series = {
+                Series(*row) for row in self._db.fetch("SELECT tenant, operation, model, provider FROM series")
+            }
+            per_tenant: dict[str, int] = {}
+            for series in self._series:
+                per_tenant[series.tenant] = per_tenant.get(series.tenant, 0) + 1
+            added = []
+            for _, series in minutes:
+                mine = per_tenant.get(series.tenant, 0)
+                if series in self._series or mine >= SERIES_MAX or len(self._series) >= TENANTS_SERIES_MAX:
+                    continue
+                per_tenant[series.tenant] = mine + 1
+                self._series.add(series)
+                added.append(series)
+            self._db.execute_many("INSERT INTO series VALUES (?, ?, ?, ?)", added)
+            if names <= self._series:
+                return minutes
+            known_tenants = set(per_tenant)
+            out: dict[tuple[int, Series], Cell] = {}
+            for (at, series), cell in minutes.items():
+                if series not in self._series:
+                    tenant = series.tenant if series.tenant in known_tenants else OTHER
+                    series = Series(tenant, OTHER, OTHER, OTHER)
+                found = out.setdefault((at, series), cell)
+                if found is not cell:
+                    found.merge(cell)
+            return out
+        return minutes
 
+    # ----------------------------------------------------------------- what changes spans afterwards
 
-def _mist_error(path: Path, exc: sqlite3.Error) -> MistError:
-    name = getattr(exc, "sqlite_errorname", "") or ""
-    if name.startswith("SQLITE_FULL"):
-        return StorageFull(f"{path}: the disk is full")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return Locked(f"{path} is locked by another process for more than {_BUSY_S:g} s")
-    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH")):
-        return Refused(f"{path}: {exc}", hint="name another file with --store")
-    if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        return InvalidArgument(
-            f"{path}: {exc}", hint="move it away and run `mist trace worker --until-end`: the stream builds it again"
-        )
-    return Unavailable(f"{path}: {exc}", retryable=False)
+    @contextmanager
+    def rebuilding(self) -> Iterator[None]:
+        """Inside: the store is empty and `apply` fills it anew from the stream's beginning. All of it becomes visible
+        at once at the end; an error or a crash leaves what was before. `applied` and `state` stay."""
+        with self._transaction():
+            self._forget_cache()
+            for table in DERIVED:
+                self._db.execute(f"DELETE FROM {table}")
+            yield
+
+    def erase(self, selector: Selector, *, stream: str = "", sequences: Sequence[int] = ()) -> int:
+        """Delete the spans of a trace, user or tenant, their part of the totals, and what quarantine holds of these
+        sequences of the stream. Returns how many spans were deleted."""
+        condition, value = selector.condition()
+        erased = 0
+        with self._transaction():
+            while rows := self._rows(f"{condition} ORDER BY id", (value,), _CHUNK):
+                self._delete(rows)
+                self._add(cells_by_minute([row for _, row in rows]), -1)
+                erased += len(rows)
+            self._db.execute_many(
+                "DELETE FROM quarantine WHERE stream = ? AND sequence = ?", [(stream, s) for s in sequences]
+            )
+        self._db.scrub()
+        return erased
+
+    def retain(self, *, before_ns: int | None = None, bytes_max: int | None = None, limit: int = 10_000) -> int:
+        """Delete up to `limit` of the oldest spans: those that began before a time, or any while the store is larger
+        than `bytes_max`. Totals of hours, days and of everything stay; those of minutes go with their spans. Returns how
+        many were deleted: call again until it is 0."""
+        if bytes_max is not None and self._db.size_bytes() <= bytes_max:
+            bytes_max = None
+        if before_ns is None and bytes_max is None:
+            return 0
+        with self._transaction():
+            condition, values = ("time_ns < ?", (before_ns,)) if bytes_max is None else ("1 = 1", ())
+            found = list(self._db.fetch(
+                f"SELECT id, time_ns FROM spans WHERE {condition} ORDER BY time_ns, sequence, id LIMIT {int(limit)}", values
+            ))  # fmt: skip
+            if not found:
+                return 0
+            self._db.execute_many("DELETE FROM spans WHERE id = ?", [(row[0],) for row in found])
+            newest = int(found[-1][1])
+            self._forget_cache()
+            self._db.execute("DELETE FROM rollups WHERE step = 60 AND at < ?", (newest // 1_000_000_000 // 60 * 60,))
+            self.save("kept_from_ns", b"%d" % max(newest, int(self.load("kept_from_ns") or b"0")))
+        return len(found)
+
+    def reprice(self, prices: Prices) -> int:
+        """Costs that a price table made, or that were unknown, made again by this one; totals follow. What a span stated
+        itself stays. One transaction. Returns how many spans changed."""
+        changed, last = 0, 0
+        with self._transaction():
+            while True:
+                rows = self._rows(
+                    "id > ? AND model IS NOT NULL AND (cost_usd IS NULL OR price IS NOT NULL) ORDER BY id",
+                    (last,), _CHUNK,
+                )  # fmt: skip
+                if not rows:
+                    return changed
+                last = rows[-1][0]
+                old, new, updates = [], [], []
+                for number, row in rows:
+                    cost = prices.cost_usd(
+                        provider=row.provider or "", model=row.model or "", time_ns=row.time_ns,
+                        tokens_in=row.tokens_in, tokens_out=row.tokens_out, tokens_cached=cached_tokens(row.attrs),
+                    )  # fmt: skip
+                    version = None if cost is None else prices.version
+                    if (cost, version) != (row.cost_usd, row.price):
+                        old.append(row)
+                        new.append(row._replace(cost_usd=cost, price=version))
+                        updates.append((cost, version, number))
+                self._db.execute_many("UPDATE spans SET cost_usd = ?, price = ? WHERE id = ?", updates)
+                self._add(cells_by_minute(new))
+                self._add(cells_by_minute(old), -1)
+                changed += len(updates)
+
+    def _rows(self, rest: str, values: Values, limit: int) -> list[tuple[int, SpanRow]]:
+        found = self._db.fetch(f"SELECT id, {', '.join(COLUMNS)} FROM spans WHERE {rest} LIMIT {int(limit)}", values)
+        return [(row[0], SpanRow(*row[1:])) for row in found]
+
+    def _delete(self, rows: Iterable[tuple[int, SpanRow]]) -> None:
+        self._db.execute_many("DELETE FROM spans WHERE id = ?", [(number,) for number, _ in rows])
+
+    # ----------------------------------------------------------------- small state
+
+    def load(self, name: str) -> bytes | None:
+        """What a part of the tool saved under a name (the state of alerts, say)."""
+        row = self.one("SELECT data FROM state WHERE name = ?", (name,))
+        return bytes(row[0]) if row else None
+
+    def save(self, name: str, data: bytes) -> None:
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO state VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET data = excluded.data", (name, data)
+            )
+
+    def size_bytes(self) -> int:
+        """The space the store occupies, without what was freed."""
+        return self._db.size_bytes()

@@ -1,0 +1,153 @@
+"""What a set of spans adds to the totals: pure sums and sketches, by minute, hour, day and for ever.
+
+A cell is (step, at, tenant, operation, model, provider): `step` seconds wide, starting at `at` (Unix seconds, a multiple
+of the step; step 0 is everything). It holds counts and, for each measure, how many spans know it, their exact sum and
+the sketch of its percentiles. Sums are whole numbers of a small unit (SCALE), so that no order of adding and no taking
+away makes a difference: a store that is built again from the stream is equal, and an erased span leaves nothing behind.
+
+Does not: touch a database (see `sql`), know prices, or keep what a span says beyond these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import ceil, log
+from typing import Any, NamedTuple
+
+import msgspec
+
+from mist.tools.tokentrace.sketch import PER_LOG, ZERO, Sketch, merge
+from mist.tools.tokentrace.spans import SpanRow
+
+STEPS = (60, 3600, 86400, 0)
+"""Widths of cells in seconds; 0 is the one cell of everything."""
+MEASURES = ("latency_ms", "ttft_ms", "tokens_in", "tokens_out", "cost_usd", "score")
+SCALE = (1e6, 1e6, 1.0, 1.0, 1e12, 1e9)
+"""Sums are kept as whole nanoseconds, tokens, 1e-12 US dollars, and 1e-9 of a score."""
+OTHER = "~other"
+"""What a cell beyond the cap on series is called."""
+_INT64 = 2**63
+_FIRST = SpanRow._fields.index(MEASURES[0])
+_PAST = _FIRST + len(MEASURES)
+_NS = 1_000_000_000
+
+
+class Series(NamedTuple):
+    """What cells are told apart by. Empty = the span says nothing."""
+
+    tenant: str
+    operation: str
+    model: str
+    provider: str
+
+
+class Measure:
+    """One measure of one cell: `known` spans state it, their sum in units of 1/SCALE, their sketch."""
+
+    __slots__ = ("known", "sketch", "total")
+
+    def __init__(self, known: int = 0, total: int = 0, sketch: Sketch | None = None) -> None:
+        self.known = known
+        self.total = total
+        self.sketch: Sketch = {} if sketch is None else sketch
+
+    def merge(self, other: Measure, sign: int = 1) -> None:
+        self.known += sign * other.known
+        self.total += sign * other.total
+        merge(self.sketch, other.sketch, sign)
+
+
+class Cell:
+    """Counts and measures; `failed` includes `timeouts`."""
+
+    __slots__ = ("failed", "measures", "spans", "timeouts")
+
+    def __init__(self, spans: int = 0, failed: int = 0, timeouts: int = 0) -> None:
+        self.spans = spans
+        self.failed = failed
+        self.timeouts = timeouts
+        self.measures = [Measure() for _ in MEASURES]
+
+    def merge(self, other: Cell, sign: int = 1) -> None:
+        self.spans += sign * other.spans
+        self.failed += sign * other.failed
+        self.timeouts += sign * other.timeouts
+        for mine, theirs in zip(self.measures, other.measures, strict=True):
+            if theirs.known:
+                mine.merge(theirs, sign)
+
+    def pack(self) -> bytes:
+        """The measures as stored: MessagePack, per measure nil or [known, total, {bucket: count}]; a total beyond 64
+        bits is text."""
+        return msgspec.msgpack.encode(
+            [
+                [m.known, m.total if -_INT64 <= m.total < _INT64 else str(m.total), m.sketch] if m.known else None
+                for m in self.measures
+            ]
+        )
+
+    @classmethod
+    def unpack(cls, spans: int, failed: int, timeouts: int, data: bytes) -> Cell:
+        cell = cls(spans, failed, timeouts)
+        for measure, packed in zip(cell.measures, _unpack(data), strict=True):
+            if packed is not None:
+                measure.known, total, measure.sketch = packed
+                measure.total = int(total)
+        return cell
+
+
+_unpack = msgspec.msgpack.Decoder(list[tuple[int, int | str, dict[int, int]] | None]).decode
+
+
+def add(cell: Cell, status: str, values: Sequence[Any]) -> None:
+    """One span more: its status and its measures, None where it does not know one."""
+    cell.spans += 1
+    if status not in ("", "ok"):
+        cell.failed += 1
+        if status == "timeout":
+            cell.timeouts += 1
+    # the loop of the ingest: names are bound outside, methods are written out
+    for measure, scale, value in zip(cell.measures, SCALE, values, strict=True):
+        if value is not None:
+            measure.known += 1
+            measure.total += round(value * scale)
+            index = ceil(log(value) * PER_LOG) if value > 0 else ZERO
+            sketch = measure.sketch
+            sketch[index] = sketch.get(index, 0) + 1
+
+
+def series_of(row: SpanRow) -> Series:
+    return Series(row.tenant, row.operation, row.model or "", row.provider or "")
+
+
+def cells_by_minute(rows: Iterable[SpanRow]) -> dict[tuple[int, Series], Cell]:
+    """(minute in Unix seconds, series) -> what these rows add."""
+    cells: dict[tuple[int, Series], Cell] = {}
+    for row in rows:
+        key = (row.time_ns // _NS // 60 * 60, series_of(row))
+        cell = cells.get(key)
+        if cell is None:
+            cell = cells[key] = Cell()
+        add(cell, row.status, row[_FIRST:_PAST])
+    return cells
+
+
+def coarser(minutes: dict[tuple[int, Series], Cell], step: int) -> dict[tuple[int, Series], Cell]:
+    """The same in cells of another width. Cells of one minute are shared, not copied."""
+    if step == STEPS[0]:
+        return minutes
+    out: dict[tuple[int, Series], Cell] = {}
+    mine: set[tuple[int, Series]] = set()
+    for (at, series), cell in minutes.items():
+        key = (at // step * step if step else 0, series)
+        found = out.get(key)
+        if found is None:
+            out[key] = cell
+            continue
+        if key not in mine:
+            mine.add(key)
+            out[key] = fresh = Cell()
+            fresh.merge(found)
+            found = fresh
+        found.merge(cell)
+    return out

@@ -1,0 +1,36 @@
+"""Places for stores: an SQLite file, and a schema of a real PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import missing
+
+from mist.testing.postgres import run_postgres
+from mist.testing.servers import MissingServer
+from mist.tools.tokentrace.postgres import SCHEMA
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a server for this process's tests."""
+    try:
+        with run_postgres() as server:
+            yield server.url
+    except MissingServer as exc:
+        missing(str(exc))
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where a store may be opened; nothing is there yet."""
+    if request.param == "sqlite":
+        return tmp_path / "store" / "t.db"
+    import psycopg
+
+    url: str = request.getfixturevalue("postgres")
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE".encode())
+    return url
