@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mist.cli._tools import StoreOption, drained, store_path
+from mist.cli._tools import StoreOption, store_path
 from mist.cli.options import Level, durability_of
 from mist.cli.session import current
 from mist.errors import InvalidArgument
+from mist.kit.signals import drained
 
 if TYPE_CHECKING:
-    from mist.cli._up_platform import Health, Tool
+    from mist.cli._up_platform import Running, Tool
 
 TOOLS: dict[str, tuple[str, str]] = {
     "door": ("mist.cli._up_tools:door", "POST /mist: envelopes into the stream, answered when they are stored"),
@@ -48,8 +49,8 @@ async def command(
     """Run the platform in one process: the tools, the HTTP door, health. It runs until SIGINT or SIGTERM.
 
     When all is ready the addresses are printed: envelopes are posted to /mist, /healthz says that the process lives,
-    /readyz that the broker answers and every tool works (200, else 503 with the reason). There is no authentication:
-    listen on an address that only friends reach.
+    /readyz that the broker answers and every tool works (200, else 503 with the reason), /startupz that it once did.
+    There is no authentication: listen on an address that only friends reach.
 
     The first signal drains: no new request is taken, those under way are answered, the worker finishes its page and
     stores its position; then the exit code is 143 or 130. A second signal does not wait.
@@ -62,7 +63,7 @@ async def command(
     """
     from mist.broker.base import StreamConfig
     from mist.cli import _up_platform
-    from mist.transport.server import parse_address
+    from mist.kit.server import parse_address
 
     session = current()
     out = session.out
@@ -72,11 +73,12 @@ async def command(
         name: _load(TOOLS[name][0])(lambda name=name: store_path(session.url, name, store)) for name in chosen
     }
 
-    def on_ready(url: str, health: Health) -> None:
+    def on_ready(url: str, running: Running) -> None:
         addresses: dict[str, Any] = {"broker": session.url.redacted(), "stream": stream, "tools": chosen}
-        for tool in health.tools.values():
+        for tool in running.tools.values():
             addresses |= {path.strip("/"): url + path for path in tool.doors}
-        out.item({**addresses, "healthz": f"{url}/healthz", "readyz": f"{url}/readyz"})
+        addresses |= {path.strip("/"): url + path for path in running.pages}
+        out.item(addresses)
         out.flush()
 
     config = StreamConfig(durability=durability_of(durability)) if durability is not None else None
