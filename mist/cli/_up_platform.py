@@ -21,22 +21,34 @@ from mist.broker.base import Broker, Stream, StreamConfig
 from mist.errors import Unavailable
 from mist.kit.health import Health
 from mist.kit.lifecycle import DRAIN_S, Lifecycle, Say, Unit
+from mist.kit.metrics import Metrics
 from mist.kit.server import App, AppServer, Site
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import HEALTH_PING
 
 NAME = "mist"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 Tool = Callable[["Platform"], Awaitable[None]]
 
 
 class Platform(Unit):
-    """What a tool sees. `facts` gives its counters, by name; they are shown by /readyz and at the end."""
+    """What a tool sees. `facts` gives its counters, by name: /readyz shows them, and the numbers among them are metrics;
+    `metrics` is for more."""
 
     def __init__(
-        self, name: str, broker: Broker, health: Health, *, stream: str, config: StreamConfig | None, say: Say
+        self,
+        name: str,
+        broker: Broker,
+        health: Health,
+        metrics: Metrics,
+        *,
+        stream: str,
+        config: StreamConfig | None,
+        say: Say,
     ) -> None:
         super().__init__(name)
         self.broker = broker
+        self.metrics = metrics
         self._health = health
         self._stream = stream
         self._config = config
@@ -66,13 +78,46 @@ class Running:
         self.tools: dict[str, Platform] = {}
         self.health = Health(NAME, __version__, detail=self._detail)
         self.health.add_check("broker", self._ping)
-        self.pages = self.health.pages()
-        self.site = Site(self.pages, waiting=self._waiting)
+        self.metrics = Metrics()
+        self._measure()
+        self.pages = {**self.health.pages(), **self.metrics.pages()}
+        self.site = Site(self.pages, waiting=self._waiting, seen=self._seen)
 
     def add(self, tool: Platform) -> None:
         self.tools[tool.name] = tool
         self.health.add_check(tool.name, tool.check, cache_s=0)
         self.site.tables.append(tool.doors)
+
+    def _measure(self) -> None:
+        metrics = self.metrics
+        self._requests = metrics.counter("mist_http_requests_total", "Requests.", ("method", "route", "status"))
+        self._seconds = metrics.histogram("mist_http_request_seconds", "Until the answer was sent.", ("route",))
+        metrics.watch(
+            "mist_tool_ready",
+            "1 while the tool works.",
+            lambda: self._by_tool(lambda t: t.ready.is_set()),
+            labels=("tool",),
+        )
+        metrics.watch(
+            "mist_tool_restarts_total", "How often it was started again.", lambda: self._by_tool(lambda t: t.restarts),
+            labels=("tool",), kind="counter",
+        )  # fmt: skip
+        metrics.watch("mist_tool_fact", "Numbers that /readyz shows.", self._numbers, labels=("tool", "fact"))
+
+    def _seen(self, method: str, route: str, status: int, seconds: float) -> None:
+        self._requests.add(method=method if method in METHODS else "other", route=route, status=str(status))
+        self._seconds.observe(seconds, route=route)
+
+    def _by_tool(self, number: Callable[[Platform], float]) -> dict[tuple[str, ...], float]:
+        return {(name,): number(tool) for name, tool in self.tools.items()}
+
+    def _numbers(self) -> dict[tuple[str, ...], float]:
+        return {
+            (name, fact): value
+            for name, tool in self.tools.items()
+            for fact, value in tool.facts().items()
+            if isinstance(value, int | float)
+        }
 
     async def _ping(self) -> None:
         if self.broker is None:
@@ -114,7 +159,7 @@ async def run(
         if broker is None:
             return {}
         for name, tool in tools.items():
-            platform = Platform(name, broker, running.health, stream=stream, config=config, say=say)
+            platform = Platform(name, broker, running.health, running.metrics, stream=stream, config=config, say=say)
             running.add(platform)
             life.supervise(platform, partial(tool, platform))
         if await life.ready():

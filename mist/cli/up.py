@@ -49,8 +49,8 @@ async def command(
     """Run the platform in one process: the tools, the HTTP door, health. It runs until SIGINT or SIGTERM.
 
     When all is ready the addresses are printed: envelopes are posted to /mist, /healthz says that the process lives,
-    /readyz that the broker answers and every tool works (200, else 503 with the reason), /startupz that it once did.
-    There is no authentication: listen on an address that only friends reach.
+    /readyz that the broker answers and every tool works (200, else 503 with the reason), /startupz that it once did;
+    /metrics is for Prometheus, /metricsz the same as JSON. There is no authentication: listen on an address that only friends reach.
 
     The first signal drains: no new request is taken, those under way are answered, the worker finishes its page and
     stores its position; then the exit code is 143 or 130. A second signal does not wait.

@@ -87,6 +87,12 @@ def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: 
     report = httpx.get(found["readyz"], trust_env=False).json()
     assert (report["status"], report["checks"]) == ("ok", {"broker": "ok", "door": "ok", "tokentrace": "ok"})
     assert report["tools"]["door"]["accepted"] == 3
+    page = httpx.get(found["metrics"], trust_env=False)
+    assert 'mist_http_requests_total{method="POST",route="/mist",status="202"} 1.0' in page.text
+    assert 'mist_tool_fact{fact="accepted",tool="door"} 3.0' in page.text
+    assert 'mist_tool_ready{tool="tokentrace"} 1.0' in page.text
+    numbers = httpx.get(found["metricsz"], trust_env=False).json()
+    assert numbers["gauges"]["mist_tool_fact{tool,tokentrace,fact,spans}"]["value"] == 3
     ping = Envelope.new("health.ping", {"from": "me"}, source="me")
     answer = httpx.post(found["mist"], content=encode(ping), trust_env=False)
     pong = decode(answer.content)
