@@ -12,6 +12,7 @@ counters. Before all are ready a path nobody serves is 503: a door may be about 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ from mist.kit.metrics import Metrics
 from mist.kit.server import App, AppServer, Site
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import HEALTH_PING
+
+_access = logging.getLogger("mist.access")
 
 NAME = "mist"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
@@ -105,6 +108,9 @@ class Running:
         metrics.watch("mist_tool_fact", "Numbers that /readyz shows.", self._numbers, labels=("tool", "fact"))
 
     def _seen(self, method: str, route: str, status: int, seconds: float) -> None:
+        if _access.isEnabledFor(logging.DEBUG):
+            fields = {"method": method, "route": route, "status": status, "took_ms": round(seconds * 1000, 3)}
+            _access.debug("request", extra=fields)
         self._requests.add(method=method if method in METHODS else "other", route=route, status=str(status))
         self._seconds.observe(seconds, route=route)
 

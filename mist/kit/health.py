@@ -26,10 +26,10 @@ import msgspec
 from msgspec import Struct
 
 from mist.errors import InvalidArgument, MistError
+from mist.kit.logging import redact_text
 from mist.kit.server import Answer, App, Scope, page
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import HEALTH_PING, HEALTH_PONG, HealthPong
-from mist.protocol.url import redact
 
 _log = logging.getLogger("mist.kit.health")
 
@@ -209,7 +209,7 @@ class Health:
         try:
             await named.check()
         except MistError as exc:
-            return self._keep(named, redact(str(exc)) or type(exc).__name__)
+            return self._keep(named, redact_text(str(exc)) or type(exc).__name__)
         except Exception as exc:
             _log.warning("health check %s failed", named.name, exc_info=True)
             return self._keep(named, f"failed: {type(exc).__name__}")

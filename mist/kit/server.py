@@ -24,6 +24,8 @@ from typing import Any, Literal, NamedTuple, Self
 import msgspec
 
 from mist.errors import Closed, Internal, InvalidArgument, MistError, NotFound, TransportError, Unavailable
+from mist.kit.logging import trace
+from mist.protocol.tracecontext import TraceContext, parse_traceparent
 
 _log = logging.getLogger("mist.kit.server")
 
@@ -74,13 +76,21 @@ async def reply(scope: Scope, send: Send, answer: Answer) -> None:
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
 
 
+def _trace_of(scope: Scope) -> TraceContext | None:
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            return parse_traceparent(value.decode("latin-1"))
+    return None
+
+
 class Site:
     """Several apps behind one listener. `tables` are searched in order and may change while it runs; a path that ends
     with `/` serves everything below it.
 
     `waiting` says why apps may still come ("" = all are there): what is not found is then 503 and not 404, because a
     sender that was told 404 gives up. `seen(method, route, status, seconds)` is told about every answer; `route` is the
-    path of the table, "" for what was not found, so that it may become a label; status 0 = no answer was sent.
+    path of the table, "" for what was not found, so that it may become a label; status 0 = no answer was sent. A request
+    runs in the trace of its `traceparent`, so that log lines carry it.
     """
 
     def __init__(
@@ -108,6 +118,7 @@ class Site:
             await send(event)
 
         route, app = self._find(scope["path"])
+        token = trace.set(_trace_of(scope))
         try:
             if app is None:
                 await reply(scope, noted, self._nowhere(scope["path"]))
@@ -125,6 +136,7 @@ class Site:
         finally:
             if self._seen is not None:
                 self._seen(scope["method"], route, status, self._clock() - began)
+            trace.reset(token)
 
     def _find(self, path: str) -> tuple[str, App | None]:
         for table in self.tables:

@@ -122,6 +122,23 @@ def test_killed_and_started_again_nothing_is_lost(spawn: Spawn, log: str, tmp_pa
         assert store.count() == 500
 
 
+def test_what_it_says_as_structured_lines(spawn: Spawn, log: str) -> None:
+    """One JSON object per line on stderr: requests in their trace, the tools' figures at the end; stdout has values only."""
+    process, found = started(spawn, log, "--log-format", "json", "--log-level", "debug")
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    httpx.post(
+        found["mist"], content=encode(envelope(1, payload=span(1))), headers={"traceparent": parent}, trust_env=False
+    )
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, b"")
+    lines = [msgspec.json.decode(line) for line in err.splitlines()]
+    assert all(list(line)[:4] == ["time", "level", "msg", "tool"] and line["tool"] == "mist" for line in lines)
+    request = next(line for line in lines if line.get("route") == "/mist")
+    assert (request["status"], request["trace_id"]) == (202, "0af7651916cd43dd8448eb211c80319c")
+    assert next(line for line in lines if line["msg"] == "door ended")["accepted"] == 1
+
+
 def half_a_request(url: str) -> socket.socket:
     """A POST whose last byte is still missing."""
     parts = httpx.URL(url)
