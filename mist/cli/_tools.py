@@ -1,21 +1,17 @@
-"""What the tools' commands share: where a store lies, ages as times, draining on a signal. Nothing here prints."""
+"""What the tools' commands share: where a store lies, ages as times. Nothing here prints."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
 from mist.errors import InvalidArgument
 from mist.protocol.url import Url, redact
-
-T = TypeVar("T")
 
 StoreOption = Annotated[
     str, typer.Option("--store", metavar="FILE", help="The SQLite store; default DIR/tools/TOOL.db for log:DIR.")
@@ -51,16 +47,3 @@ def time_option(text: str) -> int | None:
     from mist.cli.position import since_position
 
     return since_position(text, now_ns=time.time_ns()).number
-
-
-async def drained(work: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> T:
-    """Run `work(stop)`; a cancellation (a signal, a timeout) sets `stop` and waits until the work has put its things
-    in order, then goes on."""
-    stop = asyncio.Event()
-    task = asyncio.create_task(work(stop))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        stop.set()
-        await task
-        raise

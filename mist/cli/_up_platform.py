@@ -1,47 +1,71 @@
-"""The platform in one process: tools side by side on one broker, one listener, one way down.
+"""The platform in one process: tools side by side on one broker, one listener, one way down. The parts are the service
+kit's (`mist.kit`): lifecycle, health, site; here they are put together.
 
 A tool is a coroutine function over a `Platform`: it says `ready`, works until `stop` is set, puts its things in order and
-returns. A tool that meets an error worth repeating is started again after a growing pause; any other error, or one tool's
-return, takes the whole process down, in order, and is what `run` raises.
+returns. The way down: not ready at once; nothing new is accepted and the requests under way are answered; then the tools
+finish what they have in hand; whatever has not ended after `DRAIN_S` is cancelled and named.
 
-The way down: nothing new is accepted and the requests under way are answered; then the tools finish what they have in
-hand; whatever has not ended after `DRAIN_S` is cancelled and named. Health: `/healthz` answers while the process lives,
-`/readyz` with 200 while the broker answers and every tool is ready, else with 503 and the reason.
+`/readyz` is 200 while the broker answers and every tool is ready, else 503 with the reason; it also shows the tools'
+counters. Before all are ready a path nobody serves is 503: a door may be about to open there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
-import msgspec
-
+from mist import __version__
 from mist.broker.base import Broker, Stream, StreamConfig
-from mist.errors import Internal, InvalidArgument, MistError, NotFound, TimedOut, Unavailable
-from mist.kit.retry import RetryPolicy
-from mist.transport.server import App, AppServer, Receive, Scope, Send
+from mist.errors import Unavailable
+from mist.kit.health import Health
+from mist.kit.lifecycle import DRAIN_S, Lifecycle, Say, Unit
+from mist.kit.metrics import Metrics
+from mist.kit.server import App, AppServer, Site
+from mist.protocol.envelope import Envelope
+from mist.protocol.payloads import HEALTH_PING
 
-DRAIN_S = 30.0
-PING_S = 2.0
-AGAIN = RetryPolicy(wait_s=0.2, wait_s_max=5.0)
+_access = logging.getLogger("mist.access")
+
+NAME = "mist"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 Tool = Callable[["Platform"], Awaitable[None]]
-Say = Callable[[str], None]
 
 
-class Platform:
-    """What a tool sees. `facts` gives its counters, by name; they are shown by /readyz and at the end."""
+class Platform(Unit):
+    """What a tool sees. `facts` gives its counters, by name: /readyz shows them, and the numbers among them are metrics;
+    `metrics` is for more."""
 
-    def __init__(self, broker: Broker, *, stream: str, config: StreamConfig | None, say: Say) -> None:
+    def __init__(
+        self,
+        name: str,
+        broker: Broker,
+        health: Health,
+        metrics: Metrics,
+        *,
+        stream: str,
+        config: StreamConfig | None,
+        say: Say,
+    ) -> None:
+        super().__init__(name)
         self.broker = broker
+        self.metrics = metrics
+        self._health = health
         self._stream = stream
         self._config = config
-        self.say = say
-        self.stop = asyncio.Event()
-        self.ready = asyncio.Event()
+        self.say: Say = lambda text: say(f"{name}: {text}")
         self.facts: Callable[[], dict[str, Any]] = dict
         self.doors: dict[str, App] = {}
+
+    def reply(self, envelope: Envelope) -> Envelope | None:
+        """What an envelope is answered with instead of being stored: a `health.ping` with a `health.pong`."""
+        return self._health.pong(envelope) if envelope.type == HEALTH_PING else None
+
+    def down(self, reason: str) -> None:
+        super().down(reason)
+        self.doors.clear()
 
     async def stream(self) -> Stream:
         """The stream they all work on; made where it is not there. Raises Conflict when it is there with settings
@@ -49,70 +73,69 @@ class Platform:
         return await self.broker.open(self._stream, config=self._config)
 
 
-class Health:
-    """The listener's app: health, and the doors of the tools that are ready."""
+class Running:
+    """The platform as the listener sees it: which tools there are, and whether they are ready."""
 
     def __init__(self) -> None:
         self.broker: Broker | None = None
         self.tools: dict[str, Platform] = {}
-        self.reasons: dict[str, str] = {}
-        self.draining = False
+        self.health = Health(NAME, __version__, detail=self._detail)
+        self.health.add_check("broker", self._ping)
+        self.metrics = Metrics()
+        self._measure()
+        self.pages = {**self.health.pages(), **self.metrics.pages()}
+        self.site = Site(self.pages, waiting=self._waiting, seen=self._seen)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise Internal(f"a {scope['type']} connection reached an app that speaks HTTP only")
-        path = scope["path"]
-        for tool in self.tools.values():
-            if path in tool.doors:
-                await tool.doors[path](scope, receive, send)
-                return
-        headers: list[tuple[bytes, bytes]] = []
-        if path not in ("/healthz", "/readyz") and not self.all_ready:
-            # a door may be about to open there: a sender that was told 404 would give up
-            status, body = 503, Unavailable("not everything is ready yet", hint="GET /readyz").to_wire()
-            headers.append((b"retry-after", b"1"))
-        elif path not in ("/healthz", "/readyz"):
-            known = ["/healthz", "/readyz", *(p for t in self.tools.values() for p in t.doors)]
-            status, body = 404, NotFound(f"nothing is served at {path}", hint=", ".join(known)).to_wire()
-        elif scope["method"] not in ("GET", "HEAD"):
-            status, body = 405, InvalidArgument(f"{scope['method']} is not served at {path}", hint="GET").to_wire()
-            headers.append((b"allow", b"GET, HEAD"))
-        elif path == "/healthz":
-            status, body = 200, {"status": "ok"}
-        else:
-            report = await self.report()
-            status, body = 200 if report["ready"] else 503, report
-        data = msgspec.json.encode(body)
-        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else data})
+    def add(self, tool: Platform) -> None:
+        self.tools[tool.name] = tool
+        self.health.add_check(tool.name, tool.check, cache_s=0)
+        self.site.tables.append(tool.doors)
 
-    @property
-    def all_ready(self) -> bool:
-        return self.broker is not None and all(tool.ready.is_set() for tool in self.tools.values())
+    def _measure(self) -> None:
+        metrics = self.metrics
+        self._requests = metrics.counter("mist_http_requests_total", "Requests.", ("method", "route", "status"))
+        self._seconds = metrics.histogram("mist_http_request_seconds", "Until the answer was sent.", ("route",))
+        metrics.watch(
+            "mist_tool_ready",
+            "1 while the tool works.",
+            lambda: self._by_tool(lambda t: t.ready.is_set()),
+            labels=("tool",),
+        )
+        metrics.watch(
+            "mist_tool_restarts_total", "How often it was started again.", lambda: self._by_tool(lambda t: t.restarts),
+            labels=("tool",), kind="counter",
+        )  # fmt: skip
+        metrics.watch("mist_tool_fact", "Numbers that /readyz shows.", self._numbers, labels=("tool", "fact"))
 
-    async def report(self) -> dict[str, Any]:
-        """`{"ready", "reason", "broker_ms", "tools": {name: {"ready", "reason", …facts}}}`."""
-        reason = "draining" if self.draining else ""
-        took: float | None = None
-        if self.broker is None:
-            reason = reason or "the broker is not connected yet"
-        else:
-            try:
-                async with asyncio.timeout(PING_S):
-                    took = round(await self.broker.ping() * 1000, 3)
-            except TimeoutError:
-                reason = reason or f"the broker did not answer within {PING_S:g} s"
-            except MistError as exc:
-                reason = reason or str(exc)
-        tools = {
-            name: {"ready": tool.ready.is_set(), "reason": self.reasons.get(name, ""), **tool.facts()}
+    def _seen(self, method: str, route: str, status: int, seconds: float) -> None:
+        if _access.isEnabledFor(logging.DEBUG):
+            fields = {"method": method, "route": route, "status": status, "took_ms": round(seconds * 1000, 3)}
+            _access.debug("request", extra=fields)
+        self._requests.add(method=method if method in METHODS else "other", route=route, status=str(status))
+        self._seconds.observe(seconds, route=route)
+
+    def _by_tool(self, number: Callable[[Platform], float]) -> dict[tuple[str, ...], float]:
+        return {(name,): number(tool) for name, tool in self.tools.items()}
+
+    def _numbers(self) -> dict[tuple[str, ...], float]:
+        return {
+            (name, fact): value
             for name, tool in self.tools.items()
+            for fact, value in tool.facts().items()
+            if isinstance(value, int | float)
         }
-        waiting = [name for name, tool in self.tools.items() if not tool.ready.is_set()]
-        if waiting and not reason:
-            reason = f"not ready: {', '.join(waiting)}"
-        return {"ready": not reason, "reason": reason, "broker_ms": took, "tools": tools}
+
+    async def _ping(self) -> None:
+        if self.broker is None:
+            raise Unavailable("not connected yet")
+        await self.broker.ping()
+
+    def _waiting(self) -> str:
+        ready = self.broker is not None and all(tool.ready.is_set() for tool in self.tools.values())
+        return "" if ready else "not everything is ready yet"
+
+    def _detail(self) -> dict[str, Any]:
+        return {"tools": {name: tool.facts() for name, tool in self.tools.items()}}
 
 
 async def run(
@@ -126,121 +149,26 @@ async def run(
     wait_s: float,
     stop: asyncio.Event,
     say: Say,
-    on_ready: Callable[[str, Health], None],
+    on_ready: Callable[[str, Running], None],
 ) -> dict[str, dict[str, Any]]:
     """Everything, until `stop` is set; returns the tools' facts. `on_ready` is told the listener's URL once, when all
     tools are ready for the first time. Raises the error that took the platform down; TimedOut when tools did not end.
 
     The broker is waited for at the start, `wait_s` at most (0 = for ever).
     """
-    health = Health()
-    async with AppServer(health, host=host, port=port) as server:
-        broker = await _connected(connect, wait_s, stop, say)
+    running = Running()
+    async with Lifecycle(stop, say=say, drain_s=DRAIN_S) as life:
+        server = await life.enter("listener", AppServer(running.site, host=host, port=port))
+        life.at_drain("health", running.health.drain)
+        life.at_drain("listener", server.close)
+        running.broker = broker = await life.connected(connect, wait_s=wait_s)
         if broker is None:
             return {}
-        health.broker = broker
-        health.tools = {name: Platform(broker, stream=stream, config=config, say=_named(say, name)) for name in tools}
-        errors: list[Exception] = []
-        async with asyncio.TaskGroup() as group:
-            tasks = {
-                name: group.create_task(_supervised(name, tool, health, errors, stop), name=name)
-                for name, tool in tools.items()
-            }
-            announcing = group.create_task(_announce(health, server.url, on_ready))
-            await stop.wait()
-            announcing.cancel()
-            health.draining = True
-            await server.close()
-            for tool in health.tools.values():
-                tool.stop.set()
-            _, late = await asyncio.wait(tasks.values(), timeout=DRAIN_S)
-            for task in late:
-                task.cancel()
-        if late:
-            names = ", ".join(t.get_name() for t in late)
-            errors.append(TimedOut(f"{names} did not end within {DRAIN_S:g} s and was cancelled"))
-    if errors:
-        raise errors[0]
-    return {name: tool.facts() for name, tool in health.tools.items()}
-
-
-def _named(say: Say, name: str) -> Say:
-    return lambda text: say(f"{name}: {text}")
-
-
-async def _announce(health: Health, url: str, on_ready: Callable[[str, Health], None]) -> None:
-    for tool in health.tools.values():
-        await tool.ready.wait()
-    on_ready(url, health)
-
-
-async def _connected(
-    connect: Callable[[], Awaitable[Broker]], wait_s: float, stop: asyncio.Event, say: Say
-) -> Broker | None:
-    """The broker, or None when we are to stop first."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + wait_s if wait_s else float("inf")
-    failures = 0
-    while True:
-        task = asyncio.ensure_future(connect())
-        if not await _unless(stop, task):
-            return None
-        try:
-            return task.result()
-        except MistError as exc:
-            if not exc.retryable or loop.time() >= until:
-                raise
-            failures += 1
-            pause = AGAIN.pause_s(failures, random.random())
-            say(f"{exc}; trying again in {pause:.1g} s")
-            await _pause(pause, stop)
-
-
-async def _unless(stop: asyncio.Event, task: asyncio.Future[Broker]) -> bool:
-    """Wait for the task, but no longer than until `stop`: then it is cancelled. Whether it is done."""
-    stopping = asyncio.ensure_future(stop.wait())
-    try:
-        both: set[asyncio.Future[Any]] = {task, stopping}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        return task.done()
-    finally:
-        stopping.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-
-
-async def _supervised(name: str, tool: Tool, health: Health, errors: list[Exception], stop: asyncio.Event) -> None:
-    """One tool, again after errors that are worth it. Its end is everybody's end."""
-    platform = health.tools[name]
-    failures = 0
-    try:
-        while True:
-            try:
-                await tool(platform)
-                return
-            except MistError as exc:
-                platform.doors.clear()
-                was_ready = platform.ready.is_set()
-                platform.ready.clear()
-                if not exc.retryable or platform.stop.is_set():
-                    raise
-                failures = 1 if was_ready else failures + 1
-                pause = AGAIN.pause_s(failures, random.random())
-                health.reasons[name] = str(exc)
-                platform.say(f"{exc}; starting it again in {pause:.1g} s")
-                await _pause(pause, platform.stop)
-            if platform.stop.is_set():
-                return
-    except Exception as exc:
-        errors.append(exc)
-    finally:
-        stop.set()
-
-
-async def _pause(seconds: float, stop: asyncio.Event) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await stop.wait()
-    except TimeoutError:
-        return
+        for name, tool in tools.items():
+            platform = Platform(name, broker, running.health, running.metrics, stream=stream, config=config, say=say)
+            running.add(platform)
+            life.supervise(platform, partial(tool, platform))
+        if await life.ready():
+            on_ready(server.url, running)
+        await life.wait()
+    return {name: tool.facts() for name, tool in running.tools.items()}

@@ -15,7 +15,8 @@ DOOR = "/mist"
 
 
 def door(store: Callable[[], Path]) -> Tool:
-    """`POST /mist`: envelopes into the stream; 202 when they are as durable as the stream promises."""
+    """`POST /mist`: envelopes into the stream; 202 when they are as durable as the stream promises. A `health.ping` is
+    answered with a `health.pong` instead."""
 
     accepted = 0
 
@@ -30,7 +31,7 @@ def door(store: Callable[[], Path]) -> Tool:
             return sequences
 
         platform.facts = lambda: {"accepted": accepted}
-        platform.doors[DOOR] = server.ingest(counted, path=DOOR)
+        platform.doors[DOOR] = server.ingest(counted, path=DOOR, reply=platform.reply)
         platform.ready.set()
         await platform.stop.wait()
 

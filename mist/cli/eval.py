@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mist.cli._tools import LimitOption, drained
+from mist.cli._tools import LimitOption
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
 from mist.errors import InvalidArgument
+from mist.kit.signals import drained
 
 if TYPE_CHECKING:
     from mist.broker.base import Stream

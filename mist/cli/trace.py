@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mist.cli._tools import LimitOption, SinceOption, StoreOption, UntilOption, drained, store_path, time_option
+from mist.cli._tools import LimitOption, SinceOption, StoreOption, UntilOption, store_path, time_option
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
 from mist.errors import InvalidArgument
+from mist.kit.signals import drained
 
 if TYPE_CHECKING:
     from mist.tools.tokentrace.queries import StoredSpan

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
+from collections.abc import Callable, Iterator
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mist.cli._tools import StoreOption, drained, store_path
+from mist.cli._tools import StoreOption, store_path
 from mist.cli.options import Level, durability_of
 from mist.cli.session import current
 from mist.errors import InvalidArgument
+from mist.kit.signals import drained
 
 if TYPE_CHECKING:
-    from mist.cli._up_platform import Health, Tool
+    from mist.cli._up_platform import Running, Tool
+    from mist.cli.render import Output
 
 TOOLS: dict[str, tuple[str, str]] = {
     "door": ("mist.cli._up_tools:door", "POST /mist: envelopes into the stream, answered when they are stored"),
@@ -24,6 +29,19 @@ TOOLS: dict[str, tuple[str, str]] = {
 does). The tools of later issues are lines here."""
 
 LISTEN = "127.0.0.1:8080"
+
+
+class LogFormat(StrEnum):
+    plain = "plain"
+    text = "text"
+    json = "json"
+
+
+class LogLevel(StrEnum):
+    debug = "debug"
+    info = "info"
+    warn = "warn"
+    error = "error"
 
 
 async def command(
@@ -44,12 +62,21 @@ async def command(
         ),
     ] = 30.0,
     store: StoreOption = "",
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="Of what is said on stderr: sentences, or lines for a collector.")
+    ] = LogFormat.plain,
+    log_level: Annotated[
+        LogLevel, typer.Option("--log-level", help="With text and json: from which level; debug has every request.")
+    ] = LogLevel.info,
 ) -> None:
     """Run the platform in one process: the tools, the HTTP door, health. It runs until SIGINT or SIGTERM.
 
     When all is ready the addresses are printed: envelopes are posted to /mist, /healthz says that the process lives,
-    /readyz that the broker answers and every tool works (200, else 503 with the reason). There is no authentication:
-    listen on an address that only friends reach.
+    /readyz that the broker answers and every tool works (200, else 503 with the reason), /startupz that it once did;
+    /metrics is for Prometheus, /metricsz the same as JSON. There is no authentication: listen on an address that only
+    friends reach.
+
+    What it says goes to stderr: as sentences, or with --log-format json or text as structured lines without secrets.
 
     The first signal drains: no new request is taken, those under way are answered, the worker finishes its page and
     stores its position; then the exit code is 143 or 130. A second signal does not wait.
@@ -62,7 +89,7 @@ async def command(
     """
     from mist.broker.base import StreamConfig
     from mist.cli import _up_platform
-    from mist.transport.server import parse_address
+    from mist.kit.server import parse_address
 
     session = current()
     out = session.out
@@ -72,24 +99,45 @@ async def command(
         name: _load(TOOLS[name][0])(lambda name=name: store_path(session.url, name, store)) for name in chosen
     }
 
-    def on_ready(url: str, health: Health) -> None:
+    def on_ready(url: str, running: Running) -> None:
         addresses: dict[str, Any] = {"broker": session.url.redacted(), "stream": stream, "tools": chosen}
-        for tool in health.tools.values():
+        for tool in running.tools.values():
             addresses |= {path.strip("/"): url + path for path in tool.doors}
-        out.item({**addresses, "healthz": f"{url}/healthz", "readyz": f"{url}/readyz"})
+        addresses |= {path.strip("/"): url + path for path in running.pages}
+        out.item(addresses)
         out.flush()
 
     config = StreamConfig(durability=durability_of(durability)) if durability is not None else None
 
     async def work(stop: asyncio.Event) -> None:
-        facts = await _up_platform.run(
-            lambda: session.connect(create=True), made, stream=stream, config=config, host=host, port=port, wait_s=wait, stop=stop,
-            say=out.warn, on_ready=on_ready,
-        )  # fmt: skip
-        for name, values in facts.items():
-            out.note(f"{name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+        with _talk(out, log_format, log_level) as (say, note):
+            facts = await _up_platform.run(
+                lambda: session.connect(create=True), made, stream=stream, config=config, host=host, port=port,
+                wait_s=wait, stop=stop, say=say, on_ready=on_ready,
+            )  # fmt: skip
+            for name, values in facts.items():
+                note(f"{name} ended", values)
 
     await drained(work)
+
+
+@contextlib.contextmanager
+def _talk(
+    out: Output, format: LogFormat, level: LogLevel
+) -> Iterator[tuple[Callable[[str], None], Callable[[str, dict[str, Any]], None]]]:
+    """How warnings are said, and what there is to note at the end: as sentences, or as lines of the kit's log."""
+    if format is LogFormat.plain:
+        yield (
+            out.warn,
+            lambda text, values: out.note(f"{text}: " + ", ".join(f"{key} {value}" for key, value in values.items())),
+        )
+        return
+    from mist.cli._up_platform import NAME
+    from mist.kit.logging import open_log
+
+    with open_log(NAME, level=level.value, format="json" if format is LogFormat.json else "text") as log:
+        logger = log.logger()
+        yield logger.warning, lambda text, values: logger.info(text, **values)
 
 
 def _chosen(text: str) -> list[str]:

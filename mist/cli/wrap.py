@@ -21,9 +21,9 @@ from msgspec.structs import fields
 
 from mist.cli.main import COMMANDS
 from mist.cli.options import GlobalOptions, OptionGroup
-from mist.cli.run import Interrupted, run
 from mist.cli.session import Session, start
 from mist.errors import SequenceExpired
+from mist.kit.signals import Interrupted, run
 
 EPILOG = "Global options (-u -o -j -y --no-input -q -v --timeout) are accepted here too: see `mist --help`."
 NOUN_EXAMPLES = 5
@@ -174,7 +174,7 @@ def finish(session: Session, work: Callable[[], Any]) -> int:
     except Interrupted as exc:
         session.out.flush()
         session.say_resume()
-        return 128 + exc.number
+        return exc.exit_code
     except BrokenPipeError:
         raise
     except SequenceExpired:

@@ -137,7 +137,8 @@ class HttpTransport(Transport):
             _httpx()  # a missing package is better known now than at the first send
         if not self._listen:
             return
-        from mist.transport.server import HttpServer, parse_address
+        from mist.kit.server import parse_address
+        from mist.transport.server import HttpServer
 
         host, port = parse_address(self._listen)
         self._inbox = Queue(self._inbox_size, self.url)

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from mist.errors import EndOfStream, MistError
 from mist.kit.breaker import Breaker
-from mist.kit.metrics import Counters
+from mist.kit.metrics import Metrics
 from mist.kit.retry import RetryPolicy, retry
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_ALERT, TRACE_SPAN, TraceSpan
@@ -180,14 +180,21 @@ class Tracing(Wrapper):
 
 
 class Counting(Wrapper):
-    """Counts envelopes and errors, labelled with the scheme, and errors with their code:
-    `transport_sent`, `transport_received`, `transport_send_errors`, `transport_receive_errors`, `transport_send_seconds`.
+    """Counts envelopes and errors, labelled with the scheme, and errors with their code: `transport_sent_total`,
+    `transport_received_total`, `transport_send_errors_total`, `transport_receive_errors_total`, and how long sends take:
+    `transport_send_seconds`.
     """
 
-    def __init__(self, inner: Transport, counters: Counters | None = None) -> None:
+    def __init__(self, inner: Transport, metrics: Metrics | None = None) -> None:
         super().__init__(inner)
-        self.counters = counters or Counters()
+        self.metrics = metrics or Metrics()
         self._scheme = inner.url.partition(":")[0]
+        by_scheme, by_code = ("scheme",), ("scheme", "code")
+        self._sent = self.metrics.counter("transport_sent_total", "Envelopes sent.", by_scheme)
+        self._received = self.metrics.counter("transport_received_total", "Envelopes received.", by_scheme)
+        self._send_errors = self.metrics.counter("transport_send_errors_total", "Sends that failed.", by_code)
+        self._receive_errors = self.metrics.counter("transport_receive_errors_total", "Receives that failed.", by_code)
+        self._seconds = self.metrics.histogram("transport_send_seconds", "Time of a send that worked.", by_scheme)
 
     async def send(self, envelope: Envelope) -> None:
         await self._send(lambda: self.inner.send(envelope), 1)
@@ -200,19 +207,19 @@ class Counting(Wrapper):
         try:
             await call()
         except Exception as exc:
-            self.counters.add("transport_send_errors", scheme=self._scheme, code=_code(exc))
+            self._send_errors.add(scheme=self._scheme, code=_code(exc))
             raise
-        self.counters.add("transport_sent", count, scheme=self._scheme)
-        self.counters.add("transport_send_seconds", time.monotonic() - began, scheme=self._scheme)
+        self._sent.add(count, scheme=self._scheme)
+        self._seconds.observe(time.monotonic() - began, scheme=self._scheme)
 
     async def receive(self) -> Envelope:
         envelope = await self._receive(self.inner.receive)
-        self.counters.add("transport_received", scheme=self._scheme)
+        self._received.add(scheme=self._scheme)
         return envelope
 
     async def receive_many(self, limit: int = RECEIVE_LIMIT, wait_s: float | None = None) -> list[Envelope]:
         envelopes = await self._receive(lambda: self.inner.receive_many(limit, wait_s))
-        self.counters.add("transport_received", len(envelopes), scheme=self._scheme)
+        self._received.add(len(envelopes), scheme=self._scheme)
         return envelopes
 
     async def _receive(self, call: Callable[[], Awaitable[T]]) -> T:
@@ -221,7 +228,7 @@ class Counting(Wrapper):
         except EndOfStream:
             raise
         except Exception as exc:
-            self.counters.add("transport_receive_errors", scheme=self._scheme, code=_code(exc))
+            self._receive_errors.add(scheme=self._scheme, code=_code(exc))
             raise
 
 

@@ -17,20 +17,16 @@ framework; `HttpServer` runs it on uvicorn (the extra `server`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
 
 from mist.broker.base import Message, Stream
 from mist.errors import (
-    Closed,
     Internal,
     InvalidArgument,
     Malformed,
@@ -40,8 +36,8 @@ from mist.errors import (
     ProtocolError,
     TimedOut,
     TooLarge,
-    TransportError,
 )
+from mist.kit.server import App, AppServer, Receive, Scope, Send
 from mist.protocol import codec
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.subject import subject_for
@@ -50,14 +46,9 @@ _log = logging.getLogger("mist.transport.server")
 
 Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | None]]
 """Stores envelopes; returns when that is done, with their sequences where it has any."""
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _NDJSON = (codec.NDJSON, "application/jsonl", "application/ndjson", "application/jsonlines")
 _INT_SAFE = 2**53
-CLOSE_WAIT_S = 10.0
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -96,15 +87,28 @@ def to_message(envelope: Envelope) -> Message:
     return Message(subject_for(envelope.type), codec.encode(envelope), envelope.id)
 
 
-def ingest(sink: Stream | Sink, *, path: str = "/mist", limits: Limits | None = None) -> App:
-    """The ASGI app. `sink` is a stream or a coroutine function over a list of envelopes."""
+def ingest(
+    sink: Stream | Sink,
+    *,
+    path: str = "/mist",
+    limits: Limits | None = None,
+    reply: Callable[[Envelope], Envelope | None] | None = None,
+) -> App:
+    """The ASGI app. `sink` is a stream or a coroutine function over a list of envelopes.
+
+    An envelope that comes alone and that `reply` has an answer for (a `health.ping`) is answered with 200 and that
+    envelope, and is not stored.
+    """
     store = stream_sink(sink) if isinstance(sink, Stream) else sink
-    return _Ingest(store, path, limits or Limits())
+    return _Ingest(store, path, limits or Limits(), reply)
 
 
 class _Ingest:
-    def __init__(self, store: Sink, path: str, limits: Limits) -> None:
+    def __init__(
+        self, store: Sink, path: str, limits: Limits, reply: Callable[[Envelope], Envelope | None] | None
+    ) -> None:
         self._store = store
+        self._reply = reply
         self._path = path
         self._limits = limits
         self._requests = 0
@@ -160,6 +164,8 @@ class _Ingest:
             envelopes, single = _parse(body, content_type, limits)
             if not envelopes:
                 return 202, b'{"accepted":0}', [_TYPE]
+            if single and self._reply is not None and (answer_envelope := self._reply(envelopes[0])) is not None:
+                return 200, codec.encode(answer_envelope), [_TYPE]
             sequences = await self._store(envelopes)
         finally:
             self._requests -= 1
@@ -333,82 +339,6 @@ class _Inflate:
             raise codec.refuse(Malformed("body: the gzip data ends early"))
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """`host:port` or `:port` or `[v6]:port`."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise InvalidArgument(f"listen={text!r} is not an address", hint="for example 127.0.0.1:8081")
-    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
-
-
-class AppServer:
-    """An ASGI app on uvicorn, in the running event loop. Port 0 takes a free one; `url`, which ends with `path`, says
-    which."""
-
-    def __init__(self, app: App, *, host: str = "127.0.0.1", port: int = 0, path: str = "") -> None:
-        self.url = ""
-        self._app = app
-        self._host = host
-        self._port = port
-        self._path = path
-        self._server: Any = None
-        self._task: asyncio.Task[None] | None = None
-        self._closed = False
-
-    async def start(self) -> None:
-        """Raises TransportError when the address is taken."""
-        if self._closed:
-            raise Closed("the server is closed")
-        if self._task is not None:
-            return
-        uvicorn = _uvicorn()
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        try:
-            listener = _listen(family, self._host, self._port)
-        except OSError as exc:
-            raise TransportError(f"cannot listen on {self._host}:{self._port}: {exc.strerror or exc}") from exc
-        port = listener.getsockname()[1]
-        host = f"[{self._host}]" if family == socket.AF_INET6 else self._host
-        config = uvicorn.Config(
-            self._app, log_config=None, access_log=False, lifespan="off", ws="none", proxy_headers=False,
-            server_header=False, timeout_graceful_shutdown=int(CLOSE_WAIT_S),
-        )  # fmt: skip
-
-        class Quiet(uvicorn.Server):  # type: ignore[misc, name-defined]
-            """A server inside somebody's program: signals are that program's business."""
-
-            @contextlib.contextmanager
-            def capture_signals(self) -> Iterator[None]:
-                yield
-
-        self._server = Quiet(config)
-        self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started:
-            if self._task.done():
-                listener.close()
-                self._task.result()
-                raise TransportError(f"the server on {host}:{port} did not start")
-            await asyncio.sleep(0)
-        self.url = f"http://{host}:{port}{self._path}"
-
-    async def close(self) -> None:
-        """Idempotent. Takes no new connection, answers the requests under way (10 s at most)."""
-        self._closed = True
-        if self._task is not None:
-            self._server.should_exit = True
-            task, self._task = self._task, None
-            await task
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.close()
-
-
 class HttpServer(AppServer):
     """`ingest` on uvicorn; `url` is where envelopes are posted."""
 
@@ -433,29 +363,3 @@ def serve(
 ) -> HttpServer:
     """A server for `async with`: `POST path` stores into `sink`."""
     return HttpServer(sink, host=host, port=port, path=path, limits=limits)
-
-
-def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    # asyncio sets TCP_NODELAY only on sockets that name their protocol, which socket.create_server's do not; without
-    # it an answer in two writes waits 40 ms for the sender's delayed ACK.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _uvicorn() -> Any:
-    try:
-        import uvicorn
-    except ImportError as exc:
-        raise InvalidArgument(
-            "serving http needs a package that is not installed (uvicorn)", hint="pip install 'mist-stack[server]'"
-        ) from exc
-    return uvicorn

@@ -21,11 +21,12 @@ import mist
 from cli.conftest import Cli, envelope, records
 from mist.broker.base import Broker
 from mist.cli import _up_platform
-from mist.cli._up_platform import Health, Platform
-from mist.cli.run import AGAIN_S
+from mist.cli._up_platform import Platform, Running
 from mist.errors import Conflict, Internal, TimedOut, Unavailable
 from mist.kit.local import LocalServer, free_port
-from mist.protocol.codec import encode
+from mist.kit.signals import AGAIN_S
+from mist.protocol.codec import decode, encode
+from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TraceSpan
 from mist.testing.servers import MissingServer, run_nats, run_redis
 from mist.tools.tokentrace.store import Store
@@ -76,14 +77,28 @@ def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: 
     """What was answered with 202 is in the stream, and soon in the store; SIGTERM ends with 143 and says how far."""
     process, found = started(spawn, log)
     assert found["tools"] == ["door", "tokentrace"]
-    assert httpx.get(found["healthz"], trust_env=False).json() == {"status": "ok"}
+    alive = httpx.get(found["healthz"], trust_env=False).json()
+    assert (alive["status"], alive["tool"], alive["version"]) == ("ok", "mist", mist.__version__)
+    assert httpx.get(found["startupz"], trust_env=False).status_code == 200
     answer = post(found["mist"], 1, 2, 3)
     assert (answer.status_code, answer.json()) == (202, {"accepted": 3, "first": 1, "last": 3})
     assert [r.id for r in records(log, "trace")] == ["id-1", "id-2", "id-3"]
     until(lambda: spans(found) == 3)
     report = httpx.get(found["readyz"], trust_env=False).json()
-    assert report["ready"] is True
+    assert (report["status"], report["checks"]) == ("ok", {"broker": "ok", "door": "ok", "tokentrace": "ok"})
     assert report["tools"]["door"]["accepted"] == 3
+    page = httpx.get(found["metrics"], trust_env=False)
+    assert 'mist_http_requests_total{method="POST",route="/mist",status="202"} 1.0' in page.text
+    assert 'mist_tool_fact{fact="accepted",tool="door"} 3.0' in page.text
+    assert 'mist_tool_ready{tool="tokentrace"} 1.0' in page.text
+    numbers = httpx.get(found["metricsz"], trust_env=False).json()
+    assert numbers["gauges"]["mist_tool_fact{tool,tokentrace,fact,spans}"]["value"] == 3
+    ping = Envelope.new("health.ping", {"from": "me"}, source="me")
+    answer = httpx.post(found["mist"], content=encode(ping), trust_env=False)
+    pong = decode(answer.content)
+    assert (answer.status_code, pong.type, pong.correlation_id) == (200, "health.pong", ping.id)
+    assert pong.decode().version == mist.__version__
+    assert len(records(log, "trace")) == 3, "a ping is answered, not stored"
     process.terminate()
     assert process.wait(30) == 143
     assert process.stderr is not None
@@ -105,6 +120,23 @@ def test_killed_and_started_again_nothing_is_lost(spawn: Spawn, log: str, tmp_pa
     assert process.wait(30) == 130
     with Store.read(tmp_path / "data/tools/tokentrace.db") as store:
         assert store.count() == 500
+
+
+def test_what_it_says_as_structured_lines(spawn: Spawn, log: str) -> None:
+    """One JSON object per line on stderr: requests in their trace, the tools' figures at the end; stdout has values only."""
+    process, found = started(spawn, log, "--log-format", "json", "--log-level", "debug")
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    httpx.post(
+        found["mist"], content=encode(envelope(1, payload=span(1))), headers={"traceparent": parent}, trust_env=False
+    )
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, b"")
+    lines = [msgspec.json.decode(line) for line in err.splitlines()]
+    assert all(list(line)[:4] == ["time", "level", "msg", "tool"] and line["tool"] == "mist" for line in lines)
+    request = next(line for line in lines if line.get("route") == "/mist")
+    assert (request["status"], request["trace_id"]) == (202, "0af7651916cd43dd8448eb211c80319c")
+    assert next(line for line in lines if line["msg"] == "door ended")["accepted"] == 1
 
 
 def half_a_request(url: str) -> socket.socket:
@@ -200,7 +232,7 @@ def test_over_a_broker_that_is_killed(start: Any, spawn: Spawn, cli: Cli) -> Non
             assert post(found["mist"], *range(100)).status_code == 202
             server.kill()
             report = httpx.get(found["readyz"], trust_env=False, timeout=30)
-            assert (report.status_code, report.json()["ready"]) == (503, False)
+            assert (report.status_code, report.json()["status"]) == (503, "degraded")
             assert report.json()["reason"]
             refused = post(found["mist"], *range(100, 200))
             assert refused.status_code in (503, 504), refused.text
@@ -268,8 +300,8 @@ async def platform(
     async def connected() -> Broker:
         return await broker
 
-    def on_ready(url: str, health: Health) -> None:
-        seen.update(url=url, health=health)
+    def on_ready(url: str, running: Running) -> None:
+        seen.update(url=url, running=running)
         ready.set()
 
     running = asyncio.create_task(
@@ -315,17 +347,17 @@ def test_a_tool_is_started_again_after_an_error_worth_it() -> None:
 
     async def act(seen: dict[str, Any]) -> None:
         await seen["ready"].wait()
-        seen["health"].tools["shaky"].ready.clear()
-        reports.append(await seen["health"].report())
+        seen["running"].tools["shaky"].down("it rains")
+        reports.append((await seen["running"].health.readiness()).body)
         seen["stop"].set()
 
     error, said = run(platform({"shaky": shaky, "patient": patient}, act))
     assert error is None
     assert len(runs) == 3
     assert said[0].startswith("shaky: the sky is cloudy; starting it again in")
-    assert reports[0]["ready"] is False
-    assert reports[0]["reason"] == "not ready: shaky"
-    assert reports[0]["tools"]["patient"]["ready"] is True
+    assert reports[0]["status"] == "degraded"
+    assert reports[0]["reason"] == "shaky: it rains"
+    assert reports[0]["checks"] == {"broker": "ok", "shaky": "it rains", "patient": "ok"}
 
 
 def test_a_door_that_is_not_open_yet_is_no_404() -> None:
@@ -393,7 +425,7 @@ def test_a_bug_in_a_tool_is_not_swallowed() -> None:
 
 def test_a_tool_that_does_not_end_is_cancelled_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """After DRAIN_S."""
-    monkeypatch.setattr(_up_platform, "DRAIN_S", 0.05)
+    monkeypatch.setattr(_up_platform, "DRAIN_S", 0.5)
 
     async def stubborn(here: Platform) -> None:
         here.ready.set()
@@ -444,16 +476,18 @@ def test_health_without_a_broker_and_while_draining() -> None:
     """Both are 503 with a reason; a websocket is not served."""
 
     async def body_of() -> None:
-        health = Health()
-        assert (await health.report())["reason"] == "the broker is not connected yet"
-        health.broker = await mist.connect("memory:")
-        assert (await health.report())["ready"] is True
-        health.draining = True
-        assert (await health.report())["reason"] == "draining"
-        await health.broker.aclose()
-        health.draining = False
-        assert "closed" in (await health.report())["reason"]
+        running = Running()
+        assert (await running.health.readiness()).body["reason"] == "broker: not connected yet"
+        running = Running()
+        running.broker = await mist.connect("memory:")
+        assert (await running.health.readiness()).code == 200
+        await running.broker.aclose()
+        closed = Running()
+        closed.broker = running.broker
+        assert "closed" in (await closed.health.readiness()).body["reason"]
+        running.health.drain()
+        assert (await running.health.readiness()).body["reason"] == "draining"
         with pytest.raises(Internal):
-            await health({"type": "websocket"}, None, None)  # type: ignore[arg-type]
+            await running.site({"type": "websocket"}, None, None)  # type: ignore[arg-type]
 
     run(body_of())

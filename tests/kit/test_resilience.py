@@ -1,4 +1,4 @@
-"""Retry, breaker and counters."""
+"""Retry and breaker."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from conftest import run
 
 from mist.errors import CircuitOpen, EndOfStream, InvalidArgument, Malformed, RateLimited, TimedOut, Unavailable
 from mist.kit.breaker import Breaker, BreakerPolicy
-from mist.kit.metrics import Counters
 from mist.kit.retry import RetryPolicy, retry
 
 
@@ -255,23 +254,3 @@ def test_permanent_errors_show_life() -> None:
         with pytest.raises(type(error)):
             c.call(error)
     assert c.breaker.state == "closed"
-
-
-# counters
-
-
-def test_counters() -> None:
-    """Label order does not matter, the number of series is bounded, nonsense is refused."""
-    counters = Counters(series_max=3)
-    counters.add("sent", 2, scheme="file", kind="a")
-    counters.add("sent", kind="a", scheme="file")
-    assert counters.get("sent", scheme="file", kind="a") == 3
-    assert counters.get("sent") == 0
-    counters.add("x")
-    counters.add("seconds", 0.5, name='q"\\')
-    counters.add("one too many")
-    assert counters.dropped == 1
-    assert counters.snapshot() == {'seconds{name="q\\"\\\\"}': 0.5, 'sent{kind="a",scheme="file"}': 3, "x": 1}
-    for bad in (-1, float("nan"), float("inf")):
-        with pytest.raises(InvalidArgument):
-            counters.add("x", bad)

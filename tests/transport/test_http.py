@@ -33,12 +33,13 @@ from mist.errors import (
     Unavailable,
     Unsupported,
 )
+from mist.kit.server import _listen, parse_address
 from mist.protocol import codec
 from mist.protocol.envelope import Envelope
 from mist.testing.transports import envelope
 from mist.transport import dial, serve
 from mist.transport._status import CLASSES, error_for, make_error, retry_after
-from mist.transport.server import HttpServer, Limits, _listen, ingest, parse_address
+from mist.transport.server import HttpServer, Limits, ingest
 
 NDJSON = {"content-type": "application/x-ndjson"}
 JSON = {"content-type": "application/json"}

@@ -1,9 +1,12 @@
-"""One coroutine to its end, with the signal and timeout rules of the command line.
+"""One coroutine to its end, with the rules of a service for signals and time: exit codes 130 and 143.
 
-The first SIGINT or SIGTERM cancels the work, which flushes what it has; a second one does not wait. Handlers are plain
-`signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write. Such a handler runs
-when the interpreter gets to it: a loop that is just falling asleep, or a signal that another thread is given, would leave it
-waiting for the next event, perhaps for ever. So a signal also writes a byte that wakes the loop.
+The first SIGINT or SIGTERM cancels the work, which flushes what it has; a second one does not wait. `Interrupted` carries
+the signal: the process is to end with 128 + its number, 130 or 143. `drained` turns the cancellation into an event, for
+work that puts its things in order by itself.
+
+Handlers are plain `signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write.
+Such a handler runs when the interpreter gets to it: a loop that is just falling asleep, or a signal that another thread is
+given, would leave it waiting for the next event, perhaps for ever. So a signal also writes a byte that wakes the loop.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from mist.errors import TimedOut
+
+T = TypeVar("T")
 
 AGAIN_S = 0.5
 """A repeat within this time is the same wish: `timeout` and some supervisors signal the process and then its group."""
@@ -32,12 +37,20 @@ class Interrupted(Exception):
         super().__init__(number)
         self.number = number
 
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.number
 
-def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None = None) -> Any:
+
+def run(
+    work: Callable[[], Coroutine[Any, Any, Any]],
+    *,
+    timeout_s: float | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> Any:
     """Run a coroutine to its end with our signal rules. Raises Interrupted, TimedOut, or what the coroutine raises.
 
-    The first signal cancels the work, which then flushes; a second one does not wait. Handlers are plain
-    `signal.signal` ones, because the loop's own run only between callbacks and not inside a blocked write.
+    `loop_factory` makes the event loop: `uvloop.new_event_loop`, for one.
     """
     caught: list[int] = []
     first: list[float] = []
@@ -65,7 +78,8 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None
                 raise TimedOut(f"not done after {timeout_s:g} s", hint="give it more with --timeout") from exc
 
     try:
-        return asyncio.run(body())
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(body())
     except asyncio.CancelledError:
         if caught:
             raise Interrupted(caught[0]) from None
@@ -76,6 +90,19 @@ def run(work: Callable[[], Coroutine[Any, Any, Any]], *, timeout_s: float | None
         raise
     except BaseExceptionGroup as group:
         raise _only(group) from group
+
+
+async def drained(work: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> T:
+    """Run `work(stop)`; a cancellation (a signal, a timeout) sets `stop` and waits until the work has put its things
+    in order, then goes on."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(work(stop))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await task
+        raise
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from mist.cli.run import Interrupted, run
 from mist.errors import TimedOut
+from mist.kit.signals import Interrupted, run
 
 
 @pytest.mark.timeout(20)
