@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from mist.client.client import Client, EnvelopePublisher
+from mist.client.handler import Handler
 from mist.client.policy import AckPolicy
 from mist.client.reader import Reader
 from mist.client.received import Bad, Received, decode_record
 from mist.client.worker import Delivered, Worker, WorkerStats
+
+if TYPE_CHECKING:
+    from mist.client.serving import Served, run, serve
 
 __all__ = [
     "AckPolicy",
@@ -14,9 +20,22 @@ __all__ = [
     "Client",
     "Delivered",
     "EnvelopePublisher",
+    "Handler",
     "Reader",
     "Received",
+    "Served",
     "Worker",
     "WorkerStats",
     "decode_record",
+    "run",
+    "serve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Serving brings every transport with it, so it loads at its first use."""
+    if name in ("Served", "run", "serve"):
+        from mist.client import serving
+
+        return getattr(serving, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
