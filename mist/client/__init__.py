@@ -13,6 +13,7 @@ from mist.client.worker import Delivered, Worker, WorkerStats
 
 if TYPE_CHECKING:
     from mist.client.serving import Served, run, serve
+    from mist.client.steps import Run
 
 __all__ = [
     "AckPolicy",
@@ -23,6 +24,7 @@ __all__ = [
     "Handler",
     "Reader",
     "Received",
+    "Run",
     "Served",
     "Worker",
     "WorkerStats",
@@ -33,9 +35,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Serving brings every transport with it, so it loads at its first use."""
+    """What few programs need loads at its first use: serving brings every transport with it."""
     if name in ("Served", "run", "serve"):
         from mist.client import serving
 
         return getattr(serving, name)
+    if name == "Run":
+        from mist.client.steps import Run
+
+        return Run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
