@@ -1,8 +1,9 @@
 """Settings: mist.toml < selected context < environment < flags, merged into frozen Structs, each value with its origin.
 
 Promises: an unknown key, a value of the wrong type or an unreadable file is an error that names the place; nothing is
-ignored. Environment variables are `MIST_` and the key in capitals, `__` between levels (`MIST_A__B` is `b` in `[a]`).
-Reading creates nothing. Secrets do not belong here: they come from the environment or a token file at the point of use.
+ignored. Environment variables are `MIST_` and the key in capitals, `__` between levels (`MIST_A__B` is `b` in `[a]`); a single `_`
+does where it names one key only. Durations and sizes are text with units (see quantities.py). Tools have tables: a schema
+that knows them extends MistConfig, and whoever composes the tools (the command line) gives it to `load_config`. Reading creates nothing. Secrets do not belong here: they come from the environment or a token file at the point of use.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_origin, overload
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import fields
 
 from mist.errors import InvalidArgument, NotFound
+from mist.quantities import Duration, Size, read_quantity
 
 T = TypeVar("T", bound=Struct)
+C = TypeVar("C", bound="MistConfig")
 Format = Literal["table", "json", "jsonl", "csv", "raw"]
 
 DEFAULT_URL = "log:.mist"
@@ -46,6 +49,9 @@ class MistConfig(Struct, frozen=True, kw_only=True):
     """Page a table that is taller than the terminal."""
     spool: str = ""
     """Where the spools of spool+URL lie when the URL does not say; empty = the user's state directory."""
+
+
+# A table's class may say ALIASES (another name of a key) and GONE (what to write instead of a key that is no longer one).
 
 
 class Layer(Struct, frozen=True):
@@ -82,20 +88,25 @@ def merge(schema: type[T], layers: Sequence[Layer]) -> Loaded[T]:
     origins = dict.fromkeys(_leaves(schema), "default")
     for layer in layers:
         _overlay(schema, merged, layer.values, layer.origin, origins, "")
-    return Loaded(msgspec.convert(merged, schema, strict=False), origins)
+    return Loaded(msgspec.convert(merged, schema, strict=False, dec_hook=read_quantity), origins)
 
 
 def _overlay(
     schema: type[Struct], into: dict[str, Any], values: Mapping[str, Any], origin: str, origins: dict[str, str], at: str
 ) -> None:
     known = {f.encode_name: f for f in fields(schema)}
-    for key, value in values.items():
+    aliases: Mapping[str, str] = getattr(schema, "ALIASES", {})
+    for written, value in values.items():
+        key = aliases.get(written, written)
         dotted = f"{at}{key}"
+        if key != written and key in values:
+            raise InvalidArgument(f"{origin}: {at}{written} and {dotted} are the same setting", hint="keep one of them")
         if key not in known:
             near = get_close_matches(key, known, n=1)
+            gone = getattr(schema, "GONE", {}).get(key)
             raise InvalidArgument(
                 f"{origin}: unknown key {dotted[:80]!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}",
+                hint=gone or (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"),
             )
         kind = known[key].type
         if isinstance(kind, type) and issubclass(kind, Struct):
@@ -103,8 +114,10 @@ def _overlay(
                 raise InvalidArgument(f"{origin}: {dotted} is a table, not {str(value)[:40]!r}")
             _overlay(kind, into.setdefault(key, {}), value, origin, origins, f"{dotted}.")
             continue
+        if isinstance(value, str) and get_origin(kind) is tuple:
+            value = [part.strip() for part in value.split(",") if part.strip()]  # a variable: a list with commas
         try:
-            into[key] = msgspec.convert(value, kind, strict=not isinstance(value, str))
+            into[key] = msgspec.convert(value, kind, strict=not isinstance(value, str), dec_hook=read_quantity)
         except msgspec.ValidationError as exc:
             raise InvalidArgument(f"{origin}: {dotted} = {str(value)[:40]!r}: {str(exc)[:200]}") from exc
         origins[dotted] = origin
@@ -140,23 +153,63 @@ def toml_layer(data: bytes, origin: str) -> Layer:
 
 
 def env_layers(schema: type[Struct], env: Mapping[str, str], prefix: str = PREFIX) -> list[Layer]:
-    """One layer per variable that names a key of the schema, so that every origin is the variable's name."""
-    out = []
-    for dotted in _leaves(schema):
-        name = prefix + dotted.replace(".", "__").upper()
+    """One layer per variable that names a key of the schema, so that every origin is the variable's name. Raises
+    InvalidArgument for one key named by two variables, and for a variable that could mean several keys."""
+    out: list[Layer] = []
+    said: dict[str, str] = {}
+    for name, keys in _variables(schema, prefix).items():
         if env.get(name, "") == "":
             continue
+        if len(keys) > 1:
+            raise InvalidArgument(
+                f"{name} could mean {' or '.join(keys)}",
+                hint=f"write {prefix}{keys[0].replace('.', '__').upper()}",
+            )
+        if keys[0] in said:
+            raise InvalidArgument(f"{said[keys[0]]} and {name} both set {keys[0]}", hint="keep one of them")
+        said[keys[0]] = name
         nested: Any = env[name]
-        for key in reversed(dotted.split(".")):
+        for key in reversed(keys[0].split(".")):
             nested = {key: nested}
         out.append(Layer(name, nested))
     return out
 
 
+def _variables(schema: type[Struct], prefix: str) -> dict[str, list[str]]:
+    """The names a variable may have, and the keys each could mean. The name with `__` always means its own."""
+    leaves = _leaves(schema)
+    exact = {prefix + dotted.replace(".", "__").upper(): [dotted] for dotted in leaves}
+    loose: dict[str, list[str]] = {}
+    for dotted in leaves:
+        name = prefix + dotted.replace(".", "_").upper()
+        if name not in exact:
+            loose.setdefault(name, []).append(dotted)
+    return exact | loose
+
+
 def unknown_variables(schema: type[Struct], env: Mapping[str, str], prefix: str = PREFIX) -> list[str]:
     """Variables with the prefix that name nothing we know: probably typing errors."""
-    known = {prefix + d.replace(".", "__").upper() for d in _leaves(schema)} | NOT_SETTINGS
+    known = _variables(schema, prefix).keys() | NOT_SETTINGS
     return sorted(k for k in env if k.startswith(prefix) and k not in known)
+
+
+def setting(config: Struct, dotted: str) -> Any:
+    """The value under a dotted key."""
+    value: Any = config
+    for key in dotted.split("."):
+        value = getattr(value, key)
+    return value
+
+
+def shown(value: Any) -> Any:
+    """A setting as it may be printed as JSON: quantities as the text they are written as."""
+    if isinstance(value, Duration | Size):
+        return str(value)
+    if isinstance(value, Struct):
+        return {f.encode_name: shown(getattr(value, f.name)) for f in fields(type(value))}
+    if isinstance(value, list | tuple):
+        return [shown(item) for item in value]
+    return value
 
 
 def config_dir(env: Mapping[str, str] = os.environ) -> Path:
@@ -220,10 +273,25 @@ def context_layer(env: Mapping[str, str] = os.environ) -> Layer | None:
     return Layer(f"context {name}", {"url": context.url})
 
 
+@overload
 def load_config(
     flags: Mapping[str, Any] | None = None, *, env: Mapping[str, str] = os.environ, cwd: Path | None = None
-) -> Loaded[MistConfig]:
-    """The settings in force. The contexts file is not looked at when the URL is given by flag or variable."""
+) -> Loaded[MistConfig]: ...
+@overload
+def load_config(
+    flags: Mapping[str, Any] | None = None, *, schema: type[C], env: Mapping[str, str] = os.environ,
+    cwd: Path | None = None,
+) -> Loaded[C]: ...  # fmt: skip
+def load_config(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    schema: type[Any] | None = None,
+    env: Mapping[str, str] = os.environ,
+    cwd: Path | None = None,
+) -> Loaded[Any]:
+    """The settings in force, by a schema that is MistConfig or extends it. `flags` may be nested. The contexts file is not
+    looked at when the URL is given by flag or variable."""
+    schema = schema or MistConfig
     layers: list[Layer] = []
     path = config_file(env, cwd)
     if path is not None:
@@ -232,9 +300,9 @@ def load_config(
         context = context_layer(env)
         if context is not None:
             layers.append(context)
-    layers.extend(env_layers(MistConfig, env))
+    layers.extend(env_layers(schema, env))
     layers.extend(Layer("flag", {k: v}) for k, v in (flags or {}).items())
-    loaded = merge(MistConfig, layers)
+    loaded = merge(schema, layers)
     if loaded.value.timeout_s < 0:
         raise InvalidArgument(f"{loaded.origins['timeout_s']}: timeout_s is negative")
     return loaded

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from msgspec.structs import fields
 
 from mist.cli.session import current
+from mist.cli.settings import TEMPLATE, Settings
 from mist.cli.wrap import noun
-from mist.config import FILE, TEMPLATE, Layer, MistConfig, config_file, file_layer, merge, unknown_variables
+from mist.config import FILE, Layer, config_file, file_layer, merge, setting, shown, unknown_variables
 from mist.errors import AlreadyExists, InvalidArgument, NotFound
 from mist.protocol.url import parse_url, redact
 
@@ -26,9 +26,10 @@ def show(origin: Annotated[bool, typer.Option("--origin", help="Also where each 
       mist config show
       mist config show --origin
       MIST_FORMAT=json mist config show --origin
+      MIST_TOKENTRACE_RETAIN=7d mist config show --origin
     """
     session = current()
-    values = {f.name: getattr(session.config, f.name) for f in fields(MistConfig)}
+    values = {key: shown(setting(session.config, key)) for key in session.origins}
     values["url"] = redact(str(values["url"]))
     if origin:
         rows = [{"key": k, "value": v, "origin": session.origins[k]} for k, v in values.items()]
@@ -50,9 +51,9 @@ def validate(file: Annotated[str, typer.Argument(metavar="FILE", help="The file 
     if path is None:
         raise NotFound("no configuration file is in force", hint="`mist config init` writes one")
     layer = file_layer(path)
-    loaded = merge(MistConfig, [Layer(layer.origin, layer.values)])
+    loaded = merge(Settings, [Layer(layer.origin, layer.values)])
     parse_url(loaded.value.url)
-    for name in unknown_variables(MistConfig, os.environ):
+    for name in unknown_variables(Settings, os.environ):
         out.warn(f"{name} is set and means nothing")
     out.outcome(f"{path} is fine")
 

@@ -13,7 +13,8 @@ from typing import Any
 from mist import __version__
 from mist.broker.base import Broker
 from mist.cli.session import Session, current
-from mist.config import MistConfig, config_file, unknown_variables
+from mist.cli.settings import Settings
+from mist.config import config_file, unknown_variables
 from mist.errors import MistError, NotFound
 from mist.protocol.url import Url
 
@@ -42,7 +43,7 @@ async def command() -> None:
     say("mist", "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}")
     path = config_file()
     say("configuration", "ok", str(path) if path else "no file; defaults, environment and flags")
-    for name in unknown_variables(MistConfig, os.environ):
+    for name in unknown_variables(Settings, os.environ):
         say("configuration", "warn", f"{name} is set and means nothing")
     url = session.url
     say("url", "ok", f"{url.redacted()} (from {session.origins['url']})")

@@ -18,7 +18,8 @@ from mist.broker.registry import adapter
 from mist.cli import render
 from mist.cli.manifest import Gap
 from mist.cli.render import FORMATS, Output
-from mist.config import MistConfig, load_config
+from mist.cli.settings import Settings
+from mist.config import load_config
 from mist.errors import InvalidArgument, MistError, NotFound, Unavailable
 from mist.protocol.url import Url, has_scheme, parse_url, redact
 
@@ -31,7 +32,7 @@ REACH_S = 10.0
 class Session:
     """Settings resolved, output ready, brokers on demand. `async with` closes what was opened."""
 
-    def __init__(self, config: MistConfig, origins: dict[str, str], out: Output, given: dict[str, Any]) -> None:
+    def __init__(self, config: Settings, origins: dict[str, str], out: Output, given: dict[str, Any]) -> None:
         self.config = config
         self.origins = origins
         self.out = out
@@ -216,7 +217,7 @@ def start(given: dict[str, Any]) -> Session:
         "quiet": True if given.get("quiet") else None,
         "verbose": True if given.get("verbose") else None,
     }
-    loaded = load_config({k: v for k, v in flags.items() if v is not None})
+    loaded = load_config({k: v for k, v in flags.items() if v is not None}, schema=Settings)
     config = loaded.value
     out = Output(format=config.format, quiet=config.quiet, verbose=config.verbose, pager=config.pager)
     render.active = out

@@ -29,6 +29,7 @@ TOOLS: dict[str, tuple[str, str]] = {
 does). The tools of later issues are lines here."""
 
 LISTEN = "127.0.0.1:8080"
+"""When neither the flag nor the settings say."""
 
 
 class LogFormat(StrEnum):
@@ -49,9 +50,14 @@ async def command(
         str, typer.Option("--tools", metavar="A,B", help=f"Which, with commas: {', '.join(TOOLS)}. Default: all.")
     ] = "",
     listen: Annotated[
-        str, typer.Option("--listen", metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
-    ] = LISTEN,
-    stream: Annotated[str, typer.Option("--stream", metavar="STREAM", help="The stream they work on.")] = "trace",
+        str,
+        typer.Option(
+            "--listen", metavar="HOST:PORT", help=f"Where to listen; port 0 takes a free one. Default: {LISTEN}."
+        ),
+    ] = "",
+    stream: Annotated[
+        str, typer.Option("--stream", metavar="STREAM", help="The stream they work on. Default: trace.")
+    ] = "",
     durability: Annotated[
         Level | None, typer.Option("--durability", help="Of the stream: what an acknowledged envelope survives.")
     ] = None,
@@ -74,7 +80,7 @@ async def command(
     When all is ready the addresses are printed: envelopes are posted to /mist, /healthz says that the process lives,
     /readyz that the broker answers and every tool works (200, else 503 with the reason), /startupz that it once did;
     /metrics is for Prometheus, /metricsz the same as JSON. There is no authentication: listen on an address that only
-    friends reach.
+    friends reach. What no option says is taken from [tokentrace] of mist.toml.
 
     What it says goes to stderr: as sentences, or with --log-format json or text as structured lines without secrets.
 
@@ -94,6 +100,11 @@ async def command(
     session = current()
     out = session.out
     chosen = _chosen(tools)
+    settings = session.config.tokentrace
+    if not listen:
+        listen = settings.listen if session.origins["tokentrace.listen"] != "default" else LISTEN
+    stream = stream or settings.stream
+    store = store or settings.store
     host, port = parse_address(listen)
     made: dict[str, Tool] = {
         name: _load(TOOLS[name][0])(lambda name=name: store_path(session.url, name, store)) for name in chosen
@@ -107,7 +118,8 @@ async def command(
         out.item(addresses)
         out.flush()
 
-    config = StreamConfig(durability=durability_of(durability)) if durability is not None else None
+    level = durability_of(durability) if durability is not None else settings.durability or None
+    config = StreamConfig(durability=level) if level is not None else None
 
     async def work(stop: asyncio.Event) -> None:
         with _talk(out, log_format, log_level) as (say, note):

@@ -107,7 +107,7 @@ class FileTransport(Transport):
         """What this end found unfinished and repaired."""
         self.warnings: list[str] = []
         self._start: int | Position = start if isinstance(start, Position) else _parse_start(start)
-        self._follow = follow
+        self.follow = follow
         self._sync = sync == "batch"
         self._poll_s = poll_s
         self._lock_wait_s = lock_wait_s
@@ -294,7 +294,7 @@ class FileTransport(Transport):
                 seen = look(self.path)  # before the read: what comes between the two wakes the wait below
                 if await self._fill():
                     continue
-                if not self._follow:
+                if not self.follow:
                     raise EndOfStream(f"{self.path}: no more lines")
                 if self._closing is None:
                     self._closing = loop.create_future()
@@ -328,7 +328,7 @@ class FileTransport(Transport):
         """Whether there is something to take after all: an unfinished last line, or the news that the file changed."""
         st = os.fstat(self._read_fd)
         now = look(self.path).identity
-        if self._follow and now not in ((0, 0), (st.st_dev, st.st_ino)):
+        if self.follow and now not in ((0, 0), (st.st_dev, st.st_ino)):
             os.close(self._read_fd)
             self._read_fd, self._lines, self._start = -1, None, Position()
             raise TransportError(
@@ -338,7 +338,7 @@ class FileTransport(Transport):
         if st.st_size < lines.next_offset - 1:  # a last line without its newline counts one more byte than there is
             raise TransportError(f"{self.path}: was cut to {st.st_size} bytes, the reader is at {lines.next_offset}")
         torn = (lines.next_offset, lines.rest)
-        if self._follow or not lines.rest or torn == self._torn_seen:
+        if self.follow or not lines.rest or torn == self._torn_seen:
             return False
         self._torn_seen = torn
         lines.finish(keep=True)
@@ -350,7 +350,7 @@ class FileTransport(Transport):
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            if self._follow:
+            if self.follow:
                 return None
             raise
         try:

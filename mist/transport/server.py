@@ -4,7 +4,8 @@
 
 Promises: 202 only after the sink has stored the envelopes where it promises to: for a stream, its durability. One
 envelope is answered with an empty body, as the Go library does (its sequence is in the header `Mist-Sequence`); NDJSON
-and JSON arrays with `{"accepted":n,"first":…,"last":…}`. All of a request or nothing: every line is read and checked
+and JSON arrays with `{"accepted":n,"first":…,"last":…}`. A sink that answers (`Replies`) makes it 200: one reply to one
+envelope as JSON, otherwise a line each. All of a request or nothing: every line is read and checked
 before the sink sees any. Refusals are the flat error JSON `{"code","message","meta","cause"}`: 400 naming the line, 413
 for what is too large (said before the body is read where the length is stated), 405 with Allow, 404 elsewhere, 415 for
 an encoding we do not read, 408 for a body that does not come, 503 with Retry-After while too many bytes or requests
@@ -41,11 +42,19 @@ from mist.kit.server import App, AppServer, Receive, Scope, Send
 from mist.protocol import codec
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.subject import subject_for
+from mist.transport._lines import encode_lines
 
 _log = logging.getLogger("mist.transport.server")
 
-Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | None]]
-"""Stores envelopes; returns when that is done, with their sequences where it has any."""
+
+class Replies(Struct, frozen=True):
+    """What a sink that answers gives back instead of sequences."""
+
+    envelopes: list[Envelope]
+
+
+Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | Replies | None]]
+"""Stores envelopes; returns when that is done, with their sequences where it has any. Or answers them."""
 
 _NDJSON = (codec.NDJSON, "application/jsonl", "application/ndjson", "application/jsonlines")
 _INT_SAFE = 2**53
@@ -74,7 +83,7 @@ class _Answer(Exception):
         self.headers = headers
 
 
-def stream_sink(stream: Stream) -> Sink:
+def stream_sink(stream: Stream) -> Callable[[list[Envelope]], Awaitable[Sequence[int]]]:
     """Appends to the stream: subject = type, id = envelope id."""
 
     async def store(envelopes: list[Envelope]) -> Sequence[int]:
@@ -170,6 +179,10 @@ class _Ingest:
         finally:
             self._requests -= 1
             self._bytes -= taken
+        if isinstance(sequences, Replies):
+            if sequences.envelopes:
+                return _reply(sequences.envelopes, single)
+            sequences = None
         if single:
             return 202, b"", [(b"mist-sequence", b"%d" % sequences[0])] if sequences else []
         answer: dict[str, Any] = {"accepted": len(envelopes)}
@@ -232,6 +245,12 @@ class _Ingest:
 
 _Headers = list[tuple[bytes, bytes]]
 _TYPE = (b"content-type", b"application/json")
+
+
+def _reply(replies: list[Envelope], single: bool) -> tuple[int, bytes, _Headers]:
+    if single and len(replies) == 1:
+        return 200, codec.encode(replies[0]), [_TYPE]
+    return 200, encode_lines(replies).data, [(b"content-type", codec.NDJSON.encode())]
 
 
 class _Gone(Exception):

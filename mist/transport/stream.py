@@ -24,7 +24,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mist.broker.base import ALL, Broker, Consumer, ConsumerConfig, Delivery, Message, Record, Stream, header
 from mist.broker.registry import connect
@@ -52,9 +52,6 @@ _OURS = frozenset({"stream", "subject", "consumer", "from", "follow", "ack", "pr
 
 async def from_url(url: Url, *, config: ConsumerConfig | None = None, **options: Any) -> StreamTransport:
     """`config` is what a new consumer gets; `options` go to the broker's adapter."""
-    name = url.get("stream")
-    if not name:
-        raise InvalidArgument(f"{url.redacted()}: names no stream", hint=f"{url.scheme}:…?stream=NAME")
     follow, ack = url.get("follow", "1"), url.get("ack", "auto")
     if follow not in ("0", "1"):
         raise InvalidArgument(f"{url.redacted()}: follow={follow!r} is neither 1 nor 0")
@@ -63,38 +60,65 @@ async def from_url(url: Url, *, config: ConsumerConfig | None = None, **options:
     prefetch = url.get("prefetch", str(PREFETCH))
     if not (prefetch.isascii() and prefetch.isdigit() and int(prefetch)):
         raise InvalidArgument(f"{url.redacted()}: prefetch={prefetch!r} is not a number above 0")
+    place = await open_place(url, config=config, **options)
+    return StreamTransport(
+        place.stream, url=url.redacted(), after=place.after, subjects=place.subjects, consumer=place.consumer,
+        follow=follow == "1", manual=ack == "manual", prefetch=int(prefetch), broker=place.broker,
+    )  # fmt: skip
+
+
+class Place(NamedTuple):
+    """What a broker URL names, opened. Whoever asked closes the broker."""
+
+    broker: Broker
+    stream: Stream
+    after: int
+    subjects: tuple[str, ...]
+    consumer: Consumer | None
+
+
+async def open_place(
+    url: Url, *, config: ConsumerConfig | None = None, subjects: tuple[str, ...] = ALL, **options: Any
+) -> Place:
+    """The stream of `?stream=`, the position of `from=`, the subjects of `subject=` (else `subjects`), the consumer of
+    `consumer=`. Nothing stays open when it raises."""
+    name = url.get("stream")
+    if not name:
+        raise InvalidArgument(f"{url.redacted()}: names no stream", hint=f"{url.scheme}:…?stream=NAME")
     start = _parse_start(url.get("from", "start"), url)
     bare = Url(url.scheme, url.target, tuple(kv for kv in url.query if kv[0] not in _OURS))
     broker = await connect(bare, **options)
     try:
         stream = await broker.open(name)
         after = await _after(stream, start)
-        subjects = url.all("subject") or ALL
+        asked = url.all("subject")
         consumer = None
         if url.get("consumer"):
-            consumer = await _consumer(stream, url.get("consumer"), config, after, subjects)
-        return StreamTransport(
-            stream, url=url.redacted(), after=after, subjects=subjects, consumer=consumer, follow=follow == "1",
-            manual=ack == "manual", prefetch=int(prefetch), broker=broker,
-        )  # fmt: skip
+            consumer = await _consumer(stream, url.get("consumer"), config, after, asked, subjects)
+        return Place(broker, stream, after, asked or subjects, consumer)
     except BaseException:
         await broker.aclose()
         raise
 
 
 async def _consumer(
-    stream: Stream, name: str, config: ConsumerConfig | None, after: int, subjects: tuple[str, ...]
+    stream: Stream,
+    name: str,
+    config: ConsumerConfig | None,
+    after: int,
+    asked: tuple[str, ...],
+    default: tuple[str, ...],
 ) -> Consumer:
     """The one that exists goes on where it stands, whatever `from` says: a worker that restarts names both."""
     if config is None and name in await stream.consumers():
         consumer = await stream.consumer(name, create=False)
-        if subjects not in (ALL, consumer.config.subjects):
+        if asked and asked not in (ALL, consumer.config.subjects):
             raise InvalidArgument(
                 f"consumer {name} exists with the subjects {', '.join(consumer.config.subjects)}",
                 hint="leave subject= out, or choose another name",
             )
         return consumer
-    return await stream.consumer(name, config or ConsumerConfig(after=after, subjects=subjects))
+    return await stream.consumer(name, config or ConsumerConfig(after=after, subjects=asked or default))
 
 
 class StreamTransport(Transport):

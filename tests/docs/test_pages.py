@@ -62,9 +62,10 @@ def place(tmp_path: Path) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MIST_")}
     scripts = tmp_path / "bin"
     scripts.mkdir()
-    (scripts / "mist").write_text(f'#!/bin/sh\nexec {sys.executable} -m mist "$@"\n')
-    (scripts / "mist").chmod(0o755)
-    (scripts / "python").symlink_to(sys.executable)
+    for name, argv in (("mist", f"{sys.executable} -m mist"), ("python", sys.executable)):
+        # a link would be a Python outside of its virtual environment
+        (scripts / name).write_text(f'#!/bin/sh\nexec {argv} "$@"\n')
+        (scripts / name).chmod(0o755)
     env["PATH"] = f"{scripts}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT)
     env["HOME"] = str(tmp_path)
