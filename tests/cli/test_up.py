@@ -75,7 +75,7 @@ def post(url: str, *numbers: int) -> httpx.Response:
 def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: Path) -> None:
     """What was answered with 202 is in the stream, and soon in the store; SIGTERM ends with 143 and says how far."""
     process, found = started(spawn, log)
-    assert found["tools"] == ["door", "tokentrace"]
+    assert found["tools"] == ["door", "tokentrace", "otlp"]
     assert httpx.get(found["healthz"], trust_env=False).json() == {"status": "ok"}
     answer = post(found["mist"], 1, 2, 3)
     assert (answer.status_code, answer.json()) == (202, {"accepted": 3, "first": 1, "last": 3})

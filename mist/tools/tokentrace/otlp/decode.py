@@ -25,6 +25,8 @@ from mist.tools.tokentrace.otlp.entries import ENTRIES_MAX, ENTRY_BYTES_MAX, Ent
 from mist.tools.tokentrace.otlp.values import DEPTH_MAX, of_bytes, of_double, of_pairs, too_deep
 
 SPANS_MAX = 100_000
+EXPANDED_BYTES_MAX = 128 * 1024 * 1024
+"""What one request may become: every envelope repeats its resource, so that a small request can make a large stream."""
 TIME_MAX = 2**63 - 1
 _HEAD_BYTES = 2048
 """What an envelope needs beside its payload, at most."""
@@ -90,6 +92,7 @@ def _request(resources: Sequence[Any], entries: Entries, size_bytes_max: int, sp
     if total > spans_max:
         raise TooLarge("request (spans)", size_bytes=total, size_bytes_max=spans_max)
     out = Decoded([])
+    left = EXPANDED_BYTES_MAX
     for resource in resources:
         for scope in resource.scope_spans:
             try:
@@ -97,7 +100,7 @@ def _request(resources: Sequence[Any], entries: Entries, size_bytes_max: int, sp
             except TooDeep as exc:
                 out.reject(exc.message, len(scope.spans))
                 continue
-            _spans(scope.spans, origin, entries, size_bytes_max, out)
+            left = _spans(scope.spans, origin, entries, size_bytes_max, out, left)
     return out
 
 
@@ -157,8 +160,10 @@ def _name(text: str) -> str:
 _OPERATION_AT = len(genai.OPERATION) + 3
 
 
-def _spans(spans: Sequence[Any], origin: _Origin, entries: Entries, size_bytes_max: int, out: Decoded) -> None:
-    """The hot loop: everything that most spans do not have is looked for once and handled elsewhere."""
+def _spans(
+    spans: Sequence[Any], origin: _Origin, entries: Entries, size_bytes_max: int, out: Decoded, left: int
+) -> int:
+    """The hot loop: what most spans do not have is handled elsewhere. Returns what is left of the bytes."""
     known, make, known_name = entries.known.get, entries.make, _names.get
     source, tenant, shared = origin
     envelopes = out.envelopes
@@ -232,6 +237,11 @@ def _spans(spans: Sequence[Any], origin: _Origin, entries: Entries, size_bytes_m
         ).encode()
         if names.ADDED in fields:
             payload, trace, own_id = _ours(payload)
+        left -= len(payload)
+        if left < 0:
+            raise TooLarge(
+                "request (as envelopes)", size_bytes=EXPANDED_BYTES_MAX - left, size_bytes_max=EXPANDED_BYTES_MAX
+            )
         if len(payload) > _SCREEN_BYTES:
             try:
                 screen(payload, size_bytes_max=payload_bytes_max)
@@ -247,6 +257,7 @@ def _spans(spans: Sequence[Any], origin: _Origin, entries: Entries, size_bytes_m
                 payload=Raw(payload), tenant=tenant,
             )
         )  # fmt: skip
+    return left
 
 
 _KIND_TEXTS = {number: f'"otel.kind":"{text}"' for number, text in enumerate(names.KINDS) if text}
@@ -310,6 +321,8 @@ def _ours(payload: bytes) -> tuple[bytes, str, str]:
     if isinstance(added, list) and all(isinstance(name, str) for name in added):
         for name in (*added, names.ADDED):
             attrs.pop(name, None)
+        if names.NAME in attrs:  # what the span is called is our operation, whatever its attributes say
+            span["operation"] = attrs.pop(names.NAME)
         status = attrs.pop(names.STATUS, None)
         if isinstance(status, str):
             span["status"] = status
