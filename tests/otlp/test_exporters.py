@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
@@ -122,6 +124,21 @@ def test_spans_of_the_real_exporters_can_be_asked_for(name: str, up: Up, cli: Cl
     row = rows[good.span_id]
     assert row["parent_id"] == agent.span_id
     assert {k: row["attrs"][k] for k in ours} == ours
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the golden file stands for it")
+def test_spans_of_the_exporter_for_node(up: Up, log: str) -> None:
+    """OpenTelemetry JS, HTTP/JSON: the packages are found where NODE_PATH says."""
+    script = [str(Path(__file__).with_name("exporter.cjs")), up.http]
+    packages = [p.partition("'")[2].partition("'")[0] for p in Path(script[0]).read_text().split("require(")[1:]]
+    found = subprocess.run(["node", "-e", f"{packages}.map((p) => require(p))"], capture_output=True, check=False)
+    if found.returncode:
+        pytest.skip("the packages that exporter.cjs requires are not on NODE_PATH; the golden file stands for them")
+    subprocess.run(["node", *script], check=True, timeout=60)
+    good, failed, agent = (decode(r.data).decode(TraceSpan) for r in records(log, "trace"))
+    assert good.attrs["model"] == "gpt-4-0613"
+    assert (good.attrs["tokens_in"], good.attrs["tokens_out"], good.attrs["cost_usd"]) == (374, 44, 0.01386)
+    assert (good.parent_id, failed.parent_id, failed.status) == (agent.span_id, agent.span_id, "error")
 
 
 # killed and started again

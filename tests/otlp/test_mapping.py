@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -63,7 +63,7 @@ def attrs(body: bytes) -> dict[str, Any]:
 
 
 def back(envelopes: list[Envelope]) -> ExportTraceServiceRequest:
-    return ExportTraceServiceRequest.FromString(encode_protobuf(envelopes))
+    return ExportTraceServiceRequest.FromString(encode_protobuf(request_of(envelopes)))
 
 
 def test_a_chat_span_becomes_the_payload_of_the_seed() -> None:
@@ -373,7 +373,7 @@ def whole(out: ExportTraceServiceRequest) -> ExportTraceServiceRequest:
 
 
 @given(requests())
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_span_goes_in_and_comes_out_the_same(out: ExportTraceServiceRequest) -> None:
     """Through the bytes of the stream; and its JSON means the same envelope."""
     (env,) = decode_protobuf(out.SerializeToString()).envelopes
@@ -381,7 +381,7 @@ def test_any_span_goes_in_and_comes_out_the_same(out: ExportTraceServiceRequest)
     assert whole(back([stored])) == whole(out)
     (other,) = decode_json(encode_like_an_exporter(out)).envelopes
     assert other == env
-    (again,) = decode_json(encode_json([stored])).envelopes
+    (again,) = decode_json(encode_json(request_of([stored]))).envelopes
     assert again == env
 
 
@@ -418,15 +418,15 @@ OURS = st.builds(
 
 @example(TraceSpan("t", "s", operation="x", attrs={"gen_ai.operation.name": "y"}), "s", "")
 @given(OURS, TEXT.filter(lambda t: t != "unknown_service"), TEXT)
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_span_of_ours_goes_out_and_comes_back_the_same(span: TraceSpan, source: str, tenant: str) -> None:
     """Payload, source and tenant; in both encodings, and when it goes round twice."""
     env = Envelope.new("trace.span", span, source=source or "s", tenant=tenant)
     for _ in range(2):
-        (came,) = decode_protobuf(encode_protobuf([env])).envelopes
+        (came,) = decode_protobuf(encode_protobuf(request_of([env]))).envelopes
         assert came.decode(TraceSpan) == span
         assert (came.source, came.tenant) == (env.source, env.tenant)
-        assert decode_json(encode_json([env])).envelopes == [came]
+        assert decode_json(encode_json(request_of([env]))).envelopes == [came]
         env = came
 
 
@@ -471,6 +471,8 @@ def test_spans_of_one_resource_and_scope_travel_together() -> None:
     ):
         with pytest.raises(InvalidArgument, match="cannot be sent by OTLP"):
             request_of([bad])
+        told: list[InvalidArgument] = []
+        assert len(request_of([bad, spans[0]], told.append).resource_spans) == len(told) == 1
 
 
 def test_nobody_lends_a_span_another_identity() -> None:

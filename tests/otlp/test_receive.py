@@ -193,7 +193,7 @@ def ask(app: Receiver, data: bytes, **headers: str) -> tuple[int, dict[bytes, by
     async def send(event: Any) -> None:
         sent.append(event)
 
-    pairs = [(b"Content-Type", PROTOBUF.encode()), *((k.encode(), v.encode()) for k, v in headers.items())]
+    pairs = [(k.encode(), v.encode()) for k, v in {"Content-Type": PROTOBUF, **headers}.items()]
     scope = {"type": "http", "path": "/v1/traces", "method": "POST", "headers": pairs}
     run(app(scope, receive, send))
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]

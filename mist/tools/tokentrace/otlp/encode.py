@@ -27,16 +27,23 @@ _ERRORS = ("error", "timeout")
 """Our statuses that are OTLP's error."""
 
 
-def request_of(envelopes: Iterable[Envelope]) -> Any:
+def request_of(envelopes: Iterable[Envelope], on_refused: Callable[[InvalidArgument], None] | None = None) -> Any:
     """An ExportTraceServiceRequest, spans in order, those of one resource and scope together.
 
-    Raises InvalidArgument for an envelope that is no span, or one with a time that OTLP cannot say.
+    Raises InvalidArgument for an envelope that is no span, or one with a time that OTLP cannot say; or tells `on_refused`
+    and leaves it out.
     """
     request = wire.service.ExportTraceServiceRequest()
     groups: dict[bytes, Any] = {}
     scopes: dict[bytes, Any] = {}
     for envelope in envelopes:
-        resource, scope, span = _span(envelope)
+        try:
+            resource, scope, span = _span(envelope)
+        except InvalidArgument as exc:
+            if on_refused is None:
+                raise
+            on_refused(exc)
+            continue
         key = resource.SerializeToString(deterministic=True)
         group = groups.get(key)
         if group is None:
@@ -51,14 +58,13 @@ def request_of(envelopes: Iterable[Envelope]) -> Any:
     return request
 
 
-def encode_protobuf(envelopes: Iterable[Envelope]) -> bytes:
-    data: bytes = request_of(envelopes).SerializeToString()
+def encode_protobuf(request: Any) -> bytes:
+    data: bytes = request.SerializeToString()
     return data
 
 
-def encode_json(envelopes: Iterable[Envelope]) -> bytes:
+def encode_json(request: Any) -> bytes:
     """OTLP's JSON: protobuf's, but ids in hex and enums as numbers."""
-    request = request_of(envelopes)
     out = wire.json_format.MessageToDict(request, use_integers_for_enums=True)
     for group, plain_group in zip(request.resource_spans, out.get("resourceSpans", ()), strict=True):
         for scope, plain_scope in zip(group.scope_spans, plain_group.get("scopeSpans", ()), strict=True):
