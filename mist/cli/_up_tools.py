@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mist.cli._up_platform import Platform, Tool
-from mist.protocol.envelope import Envelope
+from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.tools.tokentrace.ingest import Progress, ingest, start
 from mist.tools.tokentrace.store import Store
 from mist.transport import server
 
 DOOR = "/mist"
+OTLP_REFUSED = ("/v1/metrics", "/v1/logs")
+"""Doors that only say why nothing is taken there."""
 
 
 def door(store: Callable[[], Path]) -> Tool:
@@ -34,6 +36,34 @@ def door(store: Callable[[], Path]) -> Tool:
         platform.doors[DOOR] = server.ingest(counted, path=DOOR, reply=platform.reply)
         platform.ready.set()
         await platform.stop.wait()
+
+    return run
+
+
+def otlp(store: Callable[[], Path], *, grpc_listen: str = "") -> Tool:
+    """OpenTelemetry's spans into the stream: `POST /v1/traces`, and gRPC where an address is given."""
+
+    from mist.tools.tokentrace.otlp.receive import PATH, Receiver, span_sink
+
+    async def run(platform: Platform) -> None:
+        stream = await platform.stream()
+        limits = server.Limits(size_bytes_max=min(SIZE_BYTES_MAX, stream.size_bytes_max))
+        sink = span_sink(stream)
+        receiver = Receiver(sink, limits)
+        platform.doors |= dict.fromkeys((PATH, *OTLP_REFUSED), receiver)
+        if not grpc_listen:
+            platform.facts = receiver.store.facts
+            platform.ready.set()
+            await platform.stop.wait()
+            return
+        from mist.kit.server import parse_address
+        from mist.tools.tokentrace.otlp.grpc import GrpcServer
+
+        host, port = parse_address(grpc_listen)
+        async with GrpcServer(sink, host=host, port=port, limits=limits, store=receiver.store) as grpc:
+            platform.facts = lambda: {"grpc": grpc.address, **receiver.store.facts()}
+            platform.ready.set()
+            await platform.stop.wait()
 
     return run
 

@@ -17,10 +17,8 @@ framework; `HttpServer` runs it on uvicorn (the extra `server`).
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -33,16 +31,16 @@ from mist.errors import (
     Malformed,
     MistError,
     NotFound,
-    Overloaded,
     ProtocolError,
-    TimedOut,
     TooLarge,
 )
 from mist.kit.server import App, AppServer, Receive, Scope, Send
 from mist.protocol import codec
-from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
+from mist.protocol.envelope import Envelope
 from mist.protocol.subject import subject_for
 from mist.transport._lines import encode_lines
+from mist.transport.body import Answer, Gone, Intake
+from mist.transport.body import Limits as Limits
 
 _log = logging.getLogger("mist.transport.server")
 
@@ -58,29 +56,6 @@ Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | Replies | None]]
 
 _NDJSON = (codec.NDJSON, "application/jsonl", "application/ndjson", "application/jsonlines")
 _INT_SAFE = 2**53
-
-
-class Limits(Struct, frozen=True, kw_only=True):
-    """What a request and all of them together may cost. A `body` is counted after decompression."""
-
-    size_bytes_max: int = SIZE_BYTES_MAX
-    body_bytes_max: int = 32 * 1024 * 1024
-    envelopes_max: int = 100_000
-    gzip_ratio_max: int = 100
-    inflight_requests_max: int = 256
-    inflight_bytes_max: int = 128 * 1024 * 1024
-    read_timeout_s: float = 30.0
-    retry_after_s: int = 1
-
-
-class _Answer(Exception):
-    """A status that no error of the tree stands for (404, 405, 408, 415), with the error that says why."""
-
-    def __init__(self, status: int, error: MistError, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
-        super().__init__(error.message)
-        self.status = status
-        self.error = error
-        self.headers = headers
 
 
 def stream_sink(stream: Stream) -> Callable[[list[Envelope]], Awaitable[Sequence[int]]]:
@@ -120,8 +95,7 @@ class _Ingest:
         self._reply = reply
         self._path = path
         self._limits = limits
-        self._requests = 0
-        self._bytes = 0
+        self._intake = Intake(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -131,9 +105,9 @@ class _Ingest:
             raise Internal(f"a {scope['type']} connection reached an app that speaks HTTP only")
         try:
             status, body, headers = await self._answer(scope, receive)
-        except _Gone:
+        except Gone:
             return
-        except _Answer as exc:
+        except Answer as exc:
             status, body, headers = exc.status, msgspec.json.encode(exc.error.to_wire()), [_TYPE, *exc.headers]
         except MistError as exc:
             status, body, headers = self._refuse(exc)
@@ -150,35 +124,17 @@ class _Ingest:
             raise NotFound(f"nothing is served at {scope['path']}", hint=f"POST {self._path}")
         if scope["method"] != "POST":
             error = InvalidArgument(f"{scope['method']} is not served at {self._path}", hint="POST")
-            raise _Answer(405, error, ((b"allow", b"POST"),))
-        limits = self._limits
-        if self._requests >= limits.inflight_requests_max:
-            raise Overloaded(f"{self._requests} requests are under way", retry_after_s=limits.retry_after_s)
+            raise Answer(405, error, ((b"allow", b"POST"),))
         headers = {bytes(k).lower(): bytes(v) for k, v in scope["headers"]}
-        taken = 0
-        self._requests += 1
-
-        def take(size: int) -> None:
-            nonlocal taken
-            if size > taken:
-                more = size - taken
-                if self._bytes + more > limits.inflight_bytes_max:
-                    raise Overloaded(f"{self._bytes} bytes are under way", retry_after_s=limits.retry_after_s)
-                self._bytes += more
-                taken = size
-
-        try:
-            content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
-            body = await self._read(headers, receive, take)
-            envelopes, single = _parse(body, content_type, limits)
+        content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
+        with self._intake.request() as request:
+            body = await request.read(headers, receive)
+            envelopes, single = _parse(body, content_type, self._limits)
             if not envelopes:
                 return 202, b'{"accepted":0}', [_TYPE]
             if single and self._reply is not None and (answer_envelope := self._reply(envelopes[0])) is not None:
                 return 200, codec.encode(answer_envelope), [_TYPE]
             sequences = await self._store(envelopes)
-        finally:
-            self._requests -= 1
-            self._bytes -= taken
         if isinstance(sequences, Replies):
             if sequences.envelopes:
                 return _reply(sequences.envelopes, single)
@@ -190,45 +146,6 @@ class _Ingest:
             answer["first"] = _json_int(sequences[0])
             answer["last"] = _json_int(sequences[-1])
         return 202, msgspec.json.encode(answer), [_TYPE]
-
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive, take: Callable[[int], None]) -> bytes:
-        limits = self._limits
-        most = limits.body_bytes_max
-        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-        if encoding not in (b"identity", b"", b"gzip", b"x-gzip"):
-            raise _Answer(
-                415, InvalidArgument(f"content-encoding {encoding.decode('latin-1')!r} is not read here", hint="gzip")
-            )
-        stated = headers.get(b"content-length", b"")
-        if stated.isdigit():
-            if int(stated) > most:
-                raise codec.refuse(TooLarge("request body", size_bytes=int(stated), size_bytes_max=most))
-            take(int(stated))
-        inflate = _Inflate(limits) if encoding.endswith(b"gzip") else None
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(limits.read_timeout_s):
-                while True:
-                    event = await receive()
-                    if event["type"] == "http.disconnect":
-                        raise _Gone
-                    chunk = event.get("body", b"")
-                    if chunk:
-                        for part in inflate.feed(chunk) if inflate is not None else (chunk,):
-                            size += len(part)
-                            if size > most:
-                                raise codec.refuse(TooLarge("request body", size_bytes=size, size_bytes_max=most))
-                            take(size)
-                            parts.append(part)
-                    if not event.get("more_body"):
-                        break
-        except TimeoutError:
-            error = TimedOut(f"the body did not arrive within {limits.read_timeout_s} s")
-            raise _Answer(408, error, ((b"connection", b"close"),)) from None
-        if inflate is not None:
-            inflate.finish()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _refuse(self, error: MistError) -> tuple[int, bytes, _Headers]:
         status = error.http_status
@@ -251,10 +168,6 @@ def _reply(replies: list[Envelope], single: bool) -> tuple[int, bytes, _Headers]
     if single and len(replies) == 1:
         return 200, codec.encode(replies[0]), [_TYPE]
     return 200, encode_lines(replies).data, [(b"content-type", codec.NDJSON.encode())]
-
-
-class _Gone(Exception):
-    """The client left before its body was complete: nothing was stored and nobody is there to be told."""
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:
@@ -325,37 +238,6 @@ def _at(error: MistError, what: str, number: int) -> MistError:
     error.message = f"{what} {number}: {error.message}"
     error.args = (error.message,)
     return error
-
-
-class _Inflate:
-    """gzip, piece by piece, giving up where a small body would become a large one."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._stream = zlib.decompressobj(wbits=31)
-        self._in = 0
-        self._out = 0
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        self._in += len(chunk)
-        while chunk:
-            if self._stream.eof:  # a file of several members, as `cat a.gz b.gz` makes it
-                self._stream = zlib.decompressobj(wbits=31)
-            try:
-                part = self._stream.decompress(chunk, 256 * 1024)
-            except zlib.error as exc:
-                raise codec.refuse(Malformed(f"body is not gzip: {exc}")) from exc
-            chunk = self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
-            self._out += len(part)
-            most = self._limits.gzip_ratio_max * max(self._in, 1024)
-            if self._out > most:
-                raise codec.refuse(TooLarge("request body (inflated)", size_bytes=self._out, size_bytes_max=most))
-            if part:
-                yield part
-
-    def finish(self) -> None:
-        if not self._stream.eof:
-            raise codec.refuse(Malformed("body: the gzip data ends early"))
 
 
 class HttpServer(AppServer):

@@ -32,6 +32,8 @@ TARGETS = {
     "lines": "tests.fuzz.lines",
     "msgpack": "tests.fuzz.msgpack",
     "nats_wire": "tests.fuzz.nats_wire",
+    "otlp": "tests.fuzz.otlp",
+    "otlp_json": "tests.fuzz.otlp_json",
     "position": "tests.fuzz.position",
     "redis_entry": "tests.fuzz.redis_entry",
     "subject": "tests.fuzz.subject",

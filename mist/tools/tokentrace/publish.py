@@ -87,7 +87,7 @@ async def publish(
             continue
         data = encode(row)
         waiting.append(row)
-        messages.append(Message(_subject(row), data, row.id))
+        messages.append(Message(subject_of(row.type, row.source), data, row.id))
         size += len(data)
         if len(messages) >= batch or size >= BATCH_BYTES_MAX:
             await flush()
@@ -95,9 +95,9 @@ async def publish(
     return out
 
 
-def _subject(env: Envelope) -> str:
+def subject_of(type: str, source: str) -> str:
     """`trace.span.<source>`; a source too long for a subject is left out of it."""
     try:
-        return subject_for(env.type, env.source)
+        return subject_for(type, source)
     except InvalidArgument:
-        return subject_for(env.type)
+        return subject_for(type)
