@@ -15,12 +15,13 @@ from mist.broker.base import Broker, Consumer, ConsumerConfig, ConsumerInfo, Str
 from mist.broker.clock import SYSTEM
 from mist.cli.emit import Emitter
 from mist.cli.options import DryRun, Select, StreamArg
-from mist.cli.position import START, after_of, parse_age, parse_position
+from mist.cli.position import START, after_of, parse_position
 from mist.cli.records import View
 from mist.cli.render import moment, seq
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
 from mist.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, Unsupported
+from mist.kit.duration import parse_duration
 from mist.protocol.subject import check_name
 
 app = noun("Durable consumers of a stream.")
@@ -173,7 +174,7 @@ async def create(
         config = ConsumerConfig(
             after=after,
             subjects=tuple(subject) or (">",),
-            ack_wait_s=parse_age(ack_wait) / 1e9,
+            ack_wait_s=parse_duration(ack_wait) / 1e9,
             attempts_max=attempts_max,
             pending_max=pending_max,
         )

@@ -24,22 +24,13 @@ from msgspec import Struct
 
 from mist.broker.base import Checkpoints, Stream, StreamInfo
 from mist.errors import CursorAhead, InvalidArgument, NotFound, WrongIncarnation
+from mist.kit.duration import parse_duration
 from mist.protocol.subject import check_name
 
 Kind = Literal["start", "end", "at", "after", "last", "time", "cursor"]
 GRAMMAR = "positions: start, end, N, +N, -N, @TIME, @-1h, cursor:NAME"
 SEQUENCE_MAX = 2**63 - 1
 
-_AGE = re.compile(r"(?:(\d+(?:\.\d+)?)(w|d|h|ms|m|s))", re.ASCII)
-_AGE_WHOLE = re.compile(r"(?:\d+(?:\.\d+)?(?:w|d|h|ms|m|s))+", re.ASCII)
-_UNIT_NS = {
-    "w": 604_800_000_000_000,
-    "d": 86_400_000_000_000,
-    "h": 3_600_000_000_000,
-    "m": 60_000_000_000,
-    "s": 1_000_000_000,
-    "ms": 1_000_000,
-}
 _RFC3339 = re.compile(
     r"\d{4}-\d{2}-\d{2}(?:[Tt ]\d{2}:\d{2}(?::\d{2}(?:\.(\d{1,9})\d*)?)?(?:[Zz]|[+-]\d{2}:?\d{2})?)?", re.ASCII
 )
@@ -57,17 +48,10 @@ START = Position("start")
 END = Position("end")
 
 
-def parse_age(text: str) -> int:
-    """`90m`, `1h30m`, `2.5s` in nanoseconds. Raises InvalidArgument."""
-    if len(text) > 64 or not _AGE_WHOLE.fullmatch(text):
-        raise InvalidArgument(f"not a duration: {text[:40]!r}", hint="for example 90s, 15m, 1h30m, 2d, 1w")
-    return sum(int(float(number) * _UNIT_NS[unit]) for number, unit in _AGE.findall(text))
-
-
 def parse_time(text: str, now_ns: int) -> int:
     """A time in Unix nanoseconds: RFC 3339, a date, or an age with a minus. Raises InvalidArgument."""
     if text.startswith("-"):
-        return max(0, now_ns - parse_age(text[1:]))
+        return max(0, now_ns - parse_duration(text[1:]))
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise InvalidArgument(
@@ -112,7 +96,7 @@ def since_position(text: str, *, now_ns: int) -> Position:
     text = text.removeprefix("@")
     if text.startswith("-") or _RFC3339.fullmatch(text):
         return Position("time", parse_time(text, now_ns))
-    return Position("time", max(0, now_ns - parse_age(text)))
+    return Position("time", max(0, now_ns - parse_duration(text)))
 
 
 class Range(Struct, frozen=True):

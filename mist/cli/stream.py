@@ -12,12 +12,13 @@ import typer
 from mist.broker.base import StreamConfig, StreamInfo
 from mist.broker.clock import SYSTEM
 from mist.cli.options import DryRun, FilterOptions, Level, RangeOptions, StreamArg, durability_of
-from mist.cli.position import after_of, parse_age, parse_position
+from mist.cli.position import after_of, parse_position
 from mist.cli.render import escape, moment, seq
 from mist.cli.scan import Bounds, Scan, explain_empty, filter_of
 from mist.cli.session import current
 from mist.cli.wrap import noun
 from mist.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, Unsupported
+from mist.kit.duration import parse_duration
 from mist.protocol.subject import check_stream, dead_stream
 
 app = noun("Streams of a broker.")
@@ -158,11 +159,11 @@ async def create(
     check_stream(name)
     config = StreamConfig(
         durability=durability_of(durability),
-        age_s_max=parse_age(age_max) / 1e9 if age_max is not None else None,
+        age_s_max=parse_duration(age_max) / 1e9 if age_max is not None else None,
         bytes_max=parse_size(bytes_max) if bytes_max is not None else None,
         records_max=records_max,
         full=None if full is None else "refuse" if full is Full.refuse else "drop_oldest",
-        dedupe_window_s=parse_age(dedupe_window) / 1e9 if dedupe_window is not None else None,
+        dedupe_window_s=parse_duration(dedupe_window) / 1e9 if dedupe_window is not None else None,
         dedupe_ids_max=dedupe_ids_max,
     )
     broker = await session.connect(url, create=True)
