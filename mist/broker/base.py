@@ -26,7 +26,7 @@ from typing import Literal, Self
 from msgspec import Struct
 from msgspec.structs import fields
 
-from mist.errors import Conflict, InvalidArgument, TooLarge
+from mist.errors import Conflict, InvalidArgument, TooLarge, Unsupported
 from mist.protocol.subject import check_filter, check_subject
 
 Headers = tuple[tuple[str, str], ...]
@@ -105,6 +105,8 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     """`Consumer.pending` lists the unsettled deliveries. Undeclared: `ConsumerInfo.pending` still counts them."""
     checkpoints: bool = True
     trim: bool = True
+    erase: bool = False
+    """Single records can be erased from anywhere in a stream."""
     locate: bool = True
     retention: bool = True
     """age_s_max, bytes_max and records_max of StreamConfig are honoured."""
@@ -172,7 +174,8 @@ states its own."""
 
 
 class StreamInfo(Struct, frozen=True, kw_only=True):
-    """`first` is last + 1 when the stream is empty. `bytes` is what the stream occupies, as the backend counts it."""
+    """`first` is the oldest record's sequence, last + 1 when there is none. `bytes` is what the stream occupies, as the
+    backend counts it."""
 
     name: str
     incarnation: str
@@ -407,6 +410,19 @@ class Stream(ABC):
         last + 1.
         """
 
+    async def erase(self, sequences: Sequence[int]) -> int:
+        """Erase these records, wherever they lie; returns how many were there. What is unknown, trimmed or erased
+        already is no error, and repeating it after an error is what to do.
+
+        When it returns, at the stream's durability, data, id, headers and subject are gone from the stream's own storage
+        as far as the backend can promise (docs/adr/0014 says how far). No sequence changes, readers and consumers step
+        over the gap; where the oldest records went, a read there may raise SequenceExpired, as after a trim. An unsettled
+        delivery of an erased record is settled. The id may be published again, at the latest when the dedupe window is
+        over. Dead letters, copies and what was handed out before are not touched.
+        Raises DataLoss, when the others are erased, for sequences inside damage; StorageFull.
+        """
+        raise Unsupported("erase", f"stream {self.name}")
+
     @abstractmethod
     async def verify(self) -> Verification:
         """Read every stored byte."""
@@ -546,6 +562,12 @@ def check_position(value: int, what: str = "after") -> None:
     """Raise InvalidArgument for a position no stream can have: negative, or above SEQUENCE_MAX."""
     if not 0 <= value <= SEQUENCE_MAX:
         raise InvalidArgument(f"{what}={value} is not a position (0 to {SEQUENCE_MAX})")
+
+
+def check_sequences(sequences: Sequence[int]) -> None:
+    """What every `erase` checks first. Raises InvalidArgument."""
+    for sequence in sequences:
+        check_position(sequence, "sequence")
 
 
 def check_read(*, after: int = 0, limit: int, bytes_max: int, wait_s: float) -> None:

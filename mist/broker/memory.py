@@ -45,6 +45,7 @@ from mist.broker.base import (
     check_messages,
     check_position,
     check_read,
+    check_sequences,
 )
 from mist.broker.checkpoint import check_advance, check_save
 from mist.broker.clock import SYSTEM, Clock
@@ -63,7 +64,7 @@ from mist.errors import (
 from mist.protocol.subject import check_name, check_stream, dead_stream, matcher
 from mist.protocol.url import Url
 
-CAPABILITIES = Capabilities(threads=True, verify=True)
+CAPABILITIES = Capabilities(threads=True, erase=True, verify=True)
 _DEFAULTS = replace(DEFAULTS, durability="memory")
 _SCAN_MAX = 100_000
 """How many records one look under the lock passes over; a filtered read may then return an empty page."""
@@ -133,6 +134,17 @@ class _StreamState:
         self.consumers: dict[str, _ConsumerState] = {}
         self.changed = Notifier()
         self.deleted = False
+
+    def at(self, sequence: int) -> int:
+        """Where in `records` the first one at or behind `sequence` lies; what was erased left no place behind."""
+        if len(self.records) == self.last - self.first + 1:
+            return max(sequence - self.first, 0)
+        return bisect_left(self.records, sequence, key=lambda r: r.sequence)
+
+    @property
+    def kept(self) -> int:
+        """The first sequence that is there, last + 1 when none is. `first` is only what was not trimmed."""
+        return self.records[0].sequence if self.records else self.last + 1
 
 
 class _Store:
@@ -367,8 +379,9 @@ class MemoryStream(Stream):
         out: list[Record] = []
         size = 0
         scanned = after
-        at = after + 1 - state.first
-        for i in range(at, min(len(state.records), at + _SCAN_MAX)):
+        at = state.at(after + 1)
+        end = min(len(state.records), at + _SCAN_MAX)
+        for i in range(at, end):
             record = state.records[i]
             if match is None or match(record.subject):
                 size += len(record.data)
@@ -378,6 +391,9 @@ class MemoryStream(Stream):
             scanned = record.sequence
             if len(out) >= limit:
                 break
+        else:
+            if end >= len(state.records):
+                scanned = state.last  # what was erased behind the last record is passed over too
         return Page(out, scanned, state.last)
 
     async def info(self) -> StreamInfo:
@@ -386,7 +402,7 @@ class MemoryStream(Stream):
             self._retain()
             s = self._state
             return StreamInfo(
-                name=s.name, incarnation=s.incarnation, first=s.first, last=s.last, records=len(s.records),
+                name=s.name, incarnation=s.incarnation, first=s.kept, last=s.last, records=len(s.records),
                 bytes=s.bytes, durability="memory", capabilities=CAPABILITIES, config=s.config,
                 created_ns=s.created_ns, size_bytes_max=self.size_bytes_max,
             )  # fmt: skip
@@ -406,17 +422,40 @@ class MemoryStream(Stream):
             state = self._state
             if before > state.last + 1:
                 raise CursorAhead(after=before - 1, last=state.last, stream=self.name)
-            count = max(0, before - state.first)
-            if count:
-                self._drop(count)
+            if before <= state.first:
+                return 0
+            count = state.at(before)
+            self._drop(count)
             return count
+
+    async def erase(self, sequences: Sequence[int]) -> int:
+        check_sequences(sequences)
+        with self._store.lock:
+            self._check()
+            state, doomed = self._state, set(sequences)
+            gone = [
+                r for s in doomed if (i := state.at(s)) < len(state.records) and (r := state.records[i]).sequence == s
+            ]
+            if not gone:
+                return 0
+            doomed = {r.sequence for r in gone}
+            state.records = [r for r in state.records if r.sequence not in doomed]
+            state.bytes -= sum(map(_size, gone))
+            for record in gone:
+                if state.ids.get(record.id, (0, 0))[0] == record.sequence:
+                    del state.ids[record.id]
+            for consumer in state.consumers.values():
+                for sequence in doomed & consumer.leases.keys():
+                    del consumer.leases[sequence]
+            state.changed.notify()  # a fetch held up by pending_max may go on
+            return len(gone)
 
     async def verify(self) -> Verification:
         with self._store.lock:
             self._check()
             self._retain()
             s = self._state
-            return Verification(records=len(s.records), bytes=s.bytes, first=s.first, last=s.last, damage=[])
+            return Verification(records=len(s.records), bytes=s.bytes, first=s.kept, last=s.last, damage=[])
 
     async def consumer(self, name: str, config: ConsumerConfig | None = None, *, create: bool = True) -> MemoryConsumer:
         check_name(name)
@@ -505,7 +544,7 @@ class MemoryConsumer(Consumer):
         full = False
         for sequence in state.overdue(now):
             lease = state.leases[sequence]
-            record = stream.records[sequence - stream.first]
+            record = stream.records[stream.at(sequence)]
             full = full or len(out) >= limit or bool(out and size + len(record.data) > bytes_max)
             if full:
                 state.set_due(sequence, lease, lease.due)
@@ -516,7 +555,7 @@ class MemoryConsumer(Consumer):
         if full:
             return out, True
         room = state.config.pending_max - len(state.leases)
-        at = max(state.delivered, stream.first - 1) + 1 - stream.first
+        at = stream.at(max(state.delivered + 1, stream.first))
         end = min(len(stream.records), at + _SCAN_MAX)
         for i in range(at, end):
             record = stream.records[i]
@@ -541,7 +580,7 @@ class MemoryConsumer(Consumer):
         """Hand a lease out under a new token, for `ack_wait_s`."""
         lease.token = self._token()
         self._state.set_due(sequence, lease, now + self.config.ack_wait_s)
-        record = self._stream._state.records[sequence - self._stream._state.first]
+        record = self._stream._state.records[self._stream._state.at(sequence)]
         return Delivery(record, lease.attempt, f"{sequence}.{lease.token}")
 
     def _ours(self, deliveries: Sequence[Delivery]) -> dict[int, _Lease]:
@@ -619,7 +658,7 @@ class MemoryConsumer(Consumer):
             self._stream._retain()
             state, stream = self._state, self._stream._state
             delivered = max(state.delivered, stream.first - 1)
-            unread = delivered + 1 - stream.first
+            unread = stream.at(delivered + 1)
             lag_s = 0.0
             if unread < len(stream.records):
                 lag_s = max(0.0, (self._store.clock.time_ns() - stream.records[unread].timestamp_ns) / 1e9)

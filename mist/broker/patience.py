@@ -160,6 +160,9 @@ class Steady(Stream):
     async def trim(self, *, before: int) -> int:
         return await self.stream.trim(before=before)
 
+    async def erase(self, sequences: Sequence[int]) -> int:
+        return await self.stream.erase(sequences)
+
     async def verify(self) -> Verification:
         return await self.stream.verify()
 

@@ -12,6 +12,8 @@ import os
 import sys
 import threading
 import time
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -39,6 +41,7 @@ from mist.broker.base import (
     check_delay,
     check_position,
     check_read,
+    check_sequences,
 )
 from mist.broker.checkpoint import check_key, check_save
 from mist.broker.clock import SYSTEM, Clock
@@ -58,8 +61,8 @@ from mist.errors import (
 )
 from mist.log.committer import Committer
 from mist.log.files import REAL, Files, boot_id
-from mist.log.format import TAIL_BYTES, decode_tail
-from mist.log.journal import LOG_DEFAULTS, NEW, Journal, remove_tree, storage_error
+from mist.log.format import TAIL_BYTES, Tail, decode_tail
+from mist.log.journal import LOG_DEFAULTS, NEW, Journal, first_kept, remove_tree, storage_error
 from mist.log.reader import Reader
 from mist.log.reserve import Reserve
 from mist.log.state import Lease, State, now_ms
@@ -70,7 +73,7 @@ from mist.protocol.url import Url
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True, verify=True)
+CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True, erase=True, verify=True)
 _RECHECK_S = 0.25
 _OLD = ".old-"
 _DAMAGED = ".damaged-"
@@ -511,12 +514,22 @@ class LogStream(Stream):
         self._check()
         tail = self._reader.tail()
         config = self.journal.config
+        erased = self._erased(tail)
         return StreamInfo(
-            name=self.name, incarnation=self.incarnation, first=tail.first, last=tail.durable,
-            records=tail.durable - tail.first + 1, bytes=tail.bytes, durability=config.durability or "power",
+            name=self.name, incarnation=self.incarnation, first=first_kept(tail, erased), last=tail.durable,
+            records=tail.durable - tail.first + 1 - (len(erased) - bisect_left(erased, tail.first)), bytes=tail.bytes, durability=config.durability or "power",
             capabilities=CAPABILITIES, config=config, created_ns=self.journal.created_ns,
             size_bytes_max=self.size_bytes_max, warnings=(*self.journal.warnings, *self.broker.warnings),
         )  # fmt: skip
+
+    def _erased(self, tail: Tail) -> array[int]:
+        """The sequences of the erased records, in order."""
+        try:
+            return self._reader.erased(tail)
+        except FileNotFoundError:
+            return self._reader.erased(self._reader.tail())  # a segment went while we looked
+        except OSError as exc:
+            raise storage_error(exc, f"stream {self.name}: info") from exc
 
     async def locate(self, time_ns: int) -> int:
         self._check()
@@ -534,6 +547,30 @@ class LogStream(Stream):
         self._let_go()
         self.changed.notify()  # what was leased below it is gone: there may be room for others
         return gone
+
+    async def erase(self, sequences: Sequence[int]) -> int:
+        check_sequences(sequences)
+        self._check()
+        count = 0
+        damage: list[tuple[int, int, str]] = []
+        wanted = sorted(set(sequences))
+        left = wanted
+        while left:
+            # one segment at a time: appends go on in between
+            part = await self.broker.thread(
+                self.broker.with_reserve, lambda some=left: self._locked(lambda j: j.erase(some))
+            )
+            count += part.records
+            damage += part.damage
+            left = left[bisect_right(left, part.upto) :]
+        if wanted:
+            await self.broker.with_state(lambda s: s.erase(self.name, wanted))
+            self._let_go()
+            self.changed.notify()
+        if damage:
+            first, last, why = damage[0]
+            raise DataLoss(first=first, last=last, resume_after=last, stream=self.name, why=why)
+        return count
 
     def _let_go(self) -> None:
         """Close what the reader holds of removed segments, so that their space is free for the next append."""
@@ -633,13 +670,14 @@ class LogConsumer(Consumer):
             raise
         if exhausted:
             for lease in exhausted:
-                records = self._records(lease, lease.left, 1 << 62, {})
+                records, passed = self._records(lease, lease.left, 1 << 62, {})
                 await self._bury([Delivery(r, lease.attempt, _token(lease)) for r in records], EXHAUSTED)
+                await self._settle_gone(lease, records, passed)
         out: list[Delivery] = []
         size = 0
         for i, lease in enumerate(given):
             try:
-                records = self._records(
+                records, passed = self._records(
                     lease, limit - len(out), bytes_max - size if out else bytes_max, read, more=bool(out)
                 )
             except DataLoss as exc:
@@ -651,11 +689,7 @@ class LogConsumer(Consumer):
             token = _token(lease)
             out.extend([Delivery(r, lease.attempt, token) for r in records])
             if len(records) < lease.left:
-                got = {r.sequence for r in records}
-                rest = [s for s in lease.open() if s not in got]
-                gone = [s for s in rest if s < self._stream._reader.tail().first]
-                await self._broker.with_state(lambda s, t=token, g=gone: s.settle(self._id, {t: g}) if g else 0)  # type: ignore[misc]
-                kept = [s for s in rest if s not in set(gone)]
+                kept = await self._settle_gone(lease, records, passed)
                 if kept:
                     await self._broker.with_state(
                         lambda s, t=token, k=kept: s.give_back(self._id, {t: k}, delay_ms=0, same_attempt=True)  # type: ignore[misc]
@@ -666,17 +700,29 @@ class LogConsumer(Consumer):
         progressed = bool(exhausted or given) or (moved and found is not None)
         return out, progressed, None if waiting is None else (waiting - now_ms()) / 1000
 
+    async def _settle_gone(self, lease: Lease, records: Sequence[Record], passed: int) -> list[int]:
+        """Settle what was trimmed or erased while it was leased; what else is open and not among these records."""
+        got = {r.sequence for r in records}
+        rest = [s for s in lease.open() if s not in got]
+        first = self._stream._reader.tail().first if rest else 0
+        gone = [s for s in rest if s < first or s <= passed]
+        if gone:
+            await self._broker.with_state(lambda s: s.settle(self._id, {_token(lease): gone}))
+        return [s for s in rest if s >= first and s > passed]
+
     def _records(
         self, lease: Lease, limit: int, bytes_max: int, read: dict[int, Record], *, more: bool = False
-    ) -> list[Record]:
-        """The open records of a lease, as far as the limits go. Raises DataLoss; trimmed ones are left out."""
+    ) -> tuple[list[Record], int]:
+        """The open records of a lease, as far as the limits go, and up to where it was looked: what is missing up to there
+        was erased or trimmed. Raises DataLoss."""
         if lease.sequences is not None and lease.done is None and read and lease.lo in read:
             wanted = lease.open()
             if all(s in read for s in wanted):
-                return [read[s] for s in wanted][:limit]
+                return [read[s] for s in wanted][:limit], 0
         wanted_set = None if lease.done is None and lease.sequences is None else set(lease.open())
         out: list[Record] = []
         after, size = lease.lo - 1, 0
+        passed = 0
         while after < lease.hi and len(out) < limit:
             left = bytes_max - size
             if left <= 0:
@@ -689,9 +735,9 @@ class LogConsumer(Consumer):
             except CursorAhead:
                 break
             records = page.records
-            if not records:
+            if not records and page.scanned <= after:
                 break
-            after = records[-1].sequence
+            after = page.scanned
             if wanted_set is not None or lease.hi < after:
                 records = [
                     r for r in records if r.sequence <= lease.hi and (wanted_set is None or r.sequence in wanted_set)
@@ -700,7 +746,10 @@ class LogConsumer(Consumer):
                 break
             out.extend(records)
             size += sum(len(r.data) for r in records)
-        return out[:limit]
+            passed = after
+        if len(out) > limit:
+            return out[:limit], out[limit - 1].sequence
+        return out, passed
 
     async def _skip(self, lease: Lease, loss: DataLoss) -> None:
         """Settle what is damaged, give the rest of the lease back unseen."""
@@ -797,12 +846,13 @@ class LogConsumer(Consumer):
         floor, delivered, pending, redelivered = await self._broker.with_state(
             lambda s: s.figures(self._id, tail.first)
         )
-        unread = max(tail.durable - delivered, 0)
+        erased = self._stream._erased(tail)
+        unread = max(tail.durable - delivered, 0) - (len(erased) - bisect_right(erased, delivered))
         lag_s = 0.0
         if unread:
             try:
-                page = self._stream._page(delivered, None, 1, 1)
-                lag_s = max(0.0, (self._broker.clock.time_ns() - page.records[0].timestamp_ns) / 1e9)
+                for record in self._stream._page(delivered, None, 1, 1).records:
+                    lag_s = max(0.0, (self._broker.clock.time_ns() - record.timestamp_ns) / 1e9)
             except (DataLoss, SequenceExpired):
                 lag_s = 0.0  # its oldest record is unreadable: its age is unknown
         return ConsumerInfo(

@@ -81,6 +81,7 @@ class Committer:
         self._closing = False
         self._watching = False
         self._reader: Reader | None = None
+        self._erasures = -1
         config = journal.config
         self._window = Window(ids_max=config.dedupe_ids_max or 0, window_s=config.dedupe_window_s or 0.0)
 
@@ -256,6 +257,9 @@ class Committer:
     def _catch_up(self, batch: list[_Append]) -> None:
         """Bring the id window up to what is published, when this batch has ids."""
         window, tail = self._window, self._journal.tail
+        if tail.erasures != self._erasures:
+            window.clear()  # the ids of erased records are as if they had never been
+            self._erasures = tail.erasures
         if window.upto == tail.durable or not any(m.id for r in batch for m in r.messages):
             return
         if self._reader is None:

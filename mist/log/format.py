@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from array import array
+from collections.abc import Container, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ from msgspec import Struct
 from mist.broker.base import Headers, Record, StreamConfig
 
 VERSION = 1
+VERSION_ERASED = 2
+"""As 1, and blocks may be erased ones. A stream and a segment are 2 from their first erasure on, so that older builds
+refuse them."""
 SEGMENT_HEADER = 4096
 _COPY = SEGMENT_HEADER // 2
 SEGMENT_MAGIC = b"MISTSEG1"
@@ -45,6 +49,12 @@ TRIM_MAGIC = b"MISTTRIM"
 TRIM_BYTES = 1024
 _TRIM = struct.Struct("<8sQQ")
 
+_ERASED = 1
+"""The flag of a block that records were erased from."""
+_PATCH = 4
+"""Bytes at the end of an erased block that make its checksum the former one."""
+_POLYNOMIAL = 0x82F63B78
+
 BLOCK_RECORDS_MAX = 65_535
 BLOCK_DATA_MAX = 16 * 1024 * 1024
 
@@ -53,6 +63,9 @@ _encode = _encoder.encode
 _decode_payloads = msgspec.msgpack.Decoder(list[bytes]).decode
 _Meta = tuple[list[str], bytes, list[str] | None, list[list[tuple[str, str]]] | None]
 _decode_meta = msgspec.msgpack.Decoder(_Meta).decode
+_decode_erased = msgspec.msgpack.Decoder(
+    tuple[list[str], bytes, list[str] | None, list[list[tuple[str, str]]] | None, bytes]
+).decode
 
 
 class BadBytes(ValueError):
@@ -74,6 +87,7 @@ class SegmentHeader(Struct, frozen=True, kw_only=True):
     """CRC of the block before this segment's first one; 0 for the first segment."""
     stream_created_ns: int
     config: StreamConfig
+    version: int = VERSION
 
 
 class _SegmentVersion(Struct, frozen=True):
@@ -95,7 +109,7 @@ def seed_of(incarnation: str) -> int:
 
 def encode_segment_header(h: SegmentHeader) -> bytes:
     """4096 bytes: the header twice, so that one flipped bit does not make a segment unreadable."""
-    body = msgspec.json.encode(_SegmentBody(VERSION, h.stream, h.incarnation, h.stream_created_ns, h.config))
+    body = msgspec.json.encode(_SegmentBody(h.version, h.stream, h.incarnation, h.stream_created_ns, h.config))
     rest = _SEGMENT.pack(SEGMENT_MAGIC, 0, len(body), h.base, h.created_ns, h.chain)[12:] + body
     rest = rest.ljust(_COPY - 12, b"\0")
     if len(rest) != _COPY - 12:
@@ -126,12 +140,12 @@ def _segment_header(data: bytes) -> SegmentHeader:
         raise BadBytes("segment header has a wrong checksum")
     raw = data[_SEGMENT.size : _SEGMENT.size + size]
     version = msgspec.json.decode(raw, type=_SegmentVersion).version
-    if version != VERSION:
-        raise NewerFormat(f"segment format version {version}, this build reads {VERSION}")
+    if version not in (VERSION, VERSION_ERASED):
+        raise NewerFormat(f"segment format version {version}, this build reads up to {VERSION_ERASED}")
     body = msgspec.json.decode(raw, type=_SegmentBody)
     return SegmentHeader(
         stream=body.stream, incarnation=body.incarnation, base=base, created_ns=created_ns, chain=chain,
-        stream_created_ns=body.stream_created_ns, config=body.config,
+        stream_created_ns=body.stream_created_ns, config=body.config, version=version,
     )  # fmt: skip
 
 
@@ -149,6 +163,8 @@ class BlockHeader(NamedTuple):
     last: int
     check: int
     """Low half of the checksum of the meta part alone, for who reads ids without payloads."""
+    erased: bool = False
+    """Whether records were erased from it."""
 
 
 class Columns(NamedTuple):
@@ -167,17 +183,8 @@ def encode_block(
 
     `into` is a buffer to use for the data part; the parts are good until it is used again.
     """
-    subjects = columns.subjects
-    count = len(subjects)
-    distinct = list(dict.fromkeys(subjects))
-    if len(distinct) == 1:
-        index = b""
-    else:
-        numbers = {s: i for i, s in enumerate(distinct)}
-        if len(distinct) <= 256:
-            index = bytes(map(numbers.__getitem__, subjects))
-        else:
-            index = array("H", map(numbers.__getitem__, subjects)).tobytes()
+    count = len(columns.subjects)
+    distinct, index = _subject_columns(columns.subjects)
     meta = _encode((distinct, index, columns.ids, columns.headers))
     data: bytes | bytearray
     checked: Any
@@ -192,12 +199,73 @@ def encode_block(
     return [BLOCK_MAGIC + crc.to_bytes(4, "little") + rest + meta, data], crc
 
 
+def _subject_columns(subjects: list[str]) -> tuple[list[str], bytes]:
+    """The distinct subjects in order of first use, and the number of each record's, as narrow as it goes."""
+    distinct = list(dict.fromkeys(subjects))
+    if len(distinct) <= 1:
+        return distinct, b""
+    numbers = {s: i for i, s in enumerate(distinct)}
+    if len(distinct) <= 256:
+        return distinct, bytes(map(numbers.__getitem__, subjects))
+    return distinct, array("H", map(numbers.__getitem__, subjects)).tobytes()
+
+
+def erase_from_block(block: bytes, header: BlockHeader, gone: Container[int], seed: int) -> tuple[bytes, list[int]]:
+    """A block whose checksum holds, without the records of these sequences; and which went now.
+
+    Sequences, time, chain and checksum stay, so that nothing around it changes: its last four bytes are chosen to make
+    the checksum come out as before. Raises BadBytes.
+    """
+    meta = decode_meta(block, header)
+    records = decode_records(block, header, meta)
+    kept = [r for r in records if r.sequence not in gone]
+    if len(kept) == len(records):
+        return block[: header.size], []
+    bits = bytearray(b"\xff" * ((header.records + 7) // 8))
+    bits[-1] >>= -header.records % 8
+    for r in kept:
+        at = r.sequence - header.base
+        bits[at >> 3] &= ~(1 << (at & 7))
+    ids, headers = [r.id for r in kept], [r.headers for r in kept]
+    columns = (
+        *_subject_columns([r.subject for r in kept]),
+        ids if any(ids) else None,
+        headers if any(headers) else None,
+    )
+    new = _encode((*columns, bytes(bits)))
+    data = _encode([r.data for r in kept])
+    check = crc32c_extend(seed, new) & 0xFFFF
+    rest = _AFTER_CRC.pack(
+        VERSION, _ERASED, check, header.records, len(new), len(data) + _PATCH, header.chain, header.base, header.time_ns
+    )
+    body = rest + new + data
+    patch = _bytes_towards(header.crc, crc32c_extend(seed, body))
+    return BLOCK_MAGIC + header.crc.to_bytes(4, "little") + body + patch, [
+        r.sequence for r in records if r.sequence in gone
+    ]
+
+
+def _bytes_towards(crc: int, so_far: int) -> bytes:
+    """The four bytes that, behind bytes with the checksum `so_far`, make it `crc`.
+
+    Four bytes added to a register are the register XOR them, shifted by 32 zero bits. So: shift the wanted register back
+    by 32 bits, where the top bit tells whether the polynomial was taken in, and XOR with the register there is.
+    """
+    register = crc ^ 0xFFFFFFFF
+    for _ in range(32):
+        if register >> 31:
+            register = (register ^ _POLYNOMIAL) << 1 | 1
+        else:
+            register <<= 1
+    return (register ^ so_far ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
 def block_header(data: bytes | bytearray, at: int = 0) -> BlockHeader | None:
     """The header of the block at `at`, unchecked but for its shape; None when no block starts there."""
     if len(data) - at < BLOCK_HEADER:
         return None
     magic, crc, version, flags, check, count, meta_len, data_len, chain, base, time_ns = _BLOCK.unpack_from(data, at)
-    if magic != BLOCK_MAGIC or version != VERSION or flags or not count or not base:
+    if magic != BLOCK_MAGIC or version != VERSION or flags & ~_ERASED or not count or not base:
         return None
     return BlockHeader(
         crc,
@@ -210,6 +278,7 @@ def block_header(data: bytes | bytearray, at: int = 0) -> BlockHeader | None:
         BLOCK_HEADER + meta_len + data_len,
         base + count - 1,
         check,
+        flags == _ERASED,
     )
 
 
@@ -229,10 +298,34 @@ def meta_ok(block: bytes, header: BlockHeader, seed: int) -> bool:
 
 
 class Meta(NamedTuple):
+    """The columns of the records that are there; `erased` is a bitmap over all of the block's, empty when all are."""
+
     subjects: list[str]
     which: bytes
     ids: list[str] | None
     headers: list[list[tuple[str, str]]] | None
+    erased: bytes = b""
+
+    def kept(self, header: BlockHeader) -> Sequence[int]:
+        """The sequences of the records that are there."""
+        bits = self.erased
+        if not bits:
+            return range(header.base, header.last + 1)
+        return [header.base + i for i in range(header.records) if not bits[i >> 3] >> (i & 7) & 1]
+
+    def gone(self, header: BlockHeader) -> list[int]:
+        """The sequences that were erased."""
+        bits = self.erased
+        return [header.base + i for i in range(header.records) if bits[i >> 3] >> (i & 7) & 1] if bits else []
+
+    def all_ids(self, header: BlockHeader) -> list[str] | None:
+        """One id for every sequence of the block, empty for an erased one; None when no record has any."""
+        if self.ids is None or not self.erased:
+            return self.ids
+        out = [""] * header.records
+        for sequence, id in zip(self.kept(header), self.ids, strict=True):
+            out[sequence - header.base] = id
+        return out
 
     def numbers(self, count: int) -> Any:
         """The subject number of each record; None when there is one subject for all."""
@@ -244,13 +337,19 @@ class Meta(NamedTuple):
 def decode_meta(block: bytes | bytearray, header: BlockHeader) -> Meta:
     """The meta part of a block; `block` may end behind it. Raises BadBytes."""
     try:
-        meta = Meta(*_decode_meta(memoryview(block)[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]))
+        decode: Any = _decode_erased if header.erased else _decode_meta
+        meta = Meta(*decode(memoryview(block)[BLOCK_HEADER : BLOCK_HEADER + header.meta_len]))
     except (ValueError, MemoryError) as exc:  # the last: a length that nothing follows
         raise BadBytes(f"block meta cannot be read: {exc!r}") from exc
     count, subjects = header.records, len(meta.subjects)
-    which = 0 if subjects == 1 else count if subjects <= 256 else 2 * count
+    if header.erased:
+        erased = int.from_bytes(meta.erased, "little")
+        if len(meta.erased) != (count + 7) // 8 or not erased or erased >> count:
+            raise BadBytes(f"block meta marks no records of {count} as erased, or others")
+        count -= erased.bit_count()
+    which = 0 if subjects <= 1 else count if subjects <= 256 else 2 * count
     if (
-        not subjects
+        (not subjects and count)
         or len(meta.which) != which
         or (meta.ids is not None and len(meta.ids) != count)
         or (meta.headers is not None and len(meta.headers) != count)
@@ -262,19 +361,22 @@ def decode_meta(block: bytes | bytearray, header: BlockHeader) -> Meta:
 def decode_records(block: bytes | bytearray, header: BlockHeader, meta: Meta) -> list[Record]:
     """All records of a block whose checksum holds. Raises BadBytes."""
     start = BLOCK_HEADER + header.meta_len
+    end = start + header.data_len - (_PATCH if header.erased else 0)
     try:
-        datas = _decode_payloads(memoryview(block)[start : start + header.data_len])
+        datas = _decode_payloads(memoryview(block)[start:end])
     except (ValueError, MemoryError) as exc:
         raise BadBytes(f"block data cannot be read: {exc!r}") from exc
-    if len(datas) != header.records:
-        raise BadBytes(f"{len(datas)} payloads in a block of {header.records} records")
-    base, time_ns = header.base, header.time_ns
-    if header.records == 1:
+    sequences = meta.kept(header)
+    if len(datas) != len(sequences):
+        raise BadBytes(f"{len(datas)} payloads in a block of {len(sequences)} records")
+    if not datas:
+        return []
+    time_ns = header.time_ns
+    if len(datas) == 1:
         heads: Headers = tuple(meta.headers[0]) if meta.headers else ()
-        return [Record(base, meta.subjects[0], datas[0], time_ns, meta.ids[0] if meta.ids else "", heads)]
-    numbers = meta.numbers(header.records)
+        return [Record(sequences[0], meta.subjects[0], datas[0], time_ns, meta.ids[0] if meta.ids else "", heads)]
+    numbers = meta.numbers(len(datas))
     subjects = repeat(meta.subjects[0]) if numbers is None else map(meta.subjects.__getitem__, numbers)
-    sequences = range(base, base + header.records)
     try:
         if meta.headers is None:
             if meta.ids is None:
@@ -306,12 +408,14 @@ class Tail(Struct, frozen=True, kw_only=True):
     bytes: int
     deleted: int = 0
     first_time_ns: int = 0
+    erasures: int = 0
+    """Changes when published bytes may have: who remembers any reads them again."""
 
 
 def encode_tail(t: Tail) -> bytes:
     """The published page. Written by one pwrite; the checksum makes a torn or mixed read recognisable."""
     body = _TAIL.pack(
-        TAIL_MAGIC, VERSION, 0, t.generation, t.boot, t.device, t.inode, t.durable, t.segment, t.end, t.chain, t.time_ns,
+        TAIL_MAGIC, VERSION, t.erasures & 0xFFFFFFFF, t.generation, t.boot, t.device, t.inode, t.durable, t.segment, t.end, t.chain, t.time_ns,
         t.first, t.first_segment, t.first_offset, t.bytes, t.deleted, t.first_time_ns, 0,
     )[:-4]  # fmt: skip
     return body + struct.pack("<I", crc32c(body))
@@ -327,7 +431,7 @@ def decode_tail(data: bytes) -> Tail | None:
     return Tail(
         generation=f[3], boot=f[4], device=f[5], inode=f[6], durable=f[7], segment=f[8], end=f[9], chain=f[10],
         time_ns=f[11], first=f[12], first_segment=f[13], first_offset=f[14], bytes=f[15], deleted=f[16],
-        first_time_ns=f[17],
+        first_time_ns=f[17], erasures=f[2],
     )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ import secrets
 import struct
 import time
 import weakref
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -37,6 +39,7 @@ from mist.errors import (
     Unavailable,
     VersionUnsupported,
 )
+from mist.log.erasing import plan, remove_leftovers, rewrite
 from mist.log.files import Files, write_all
 from mist.log.format import (
     BLOCK_DATA_MAX,
@@ -46,6 +49,7 @@ from mist.log.format import (
     SEGMENT_HEADER,
     TAIL_BYTES,
     TRIM_BYTES,
+    VERSION_ERASED,
     BadBytes,
     BlockHeader,
     Columns,
@@ -53,6 +57,7 @@ from mist.log.format import (
     SegmentHeader,
     Tail,
     block_header,
+    decode_meta,
     decode_segment_header,
     decode_tail,
     decode_trim,
@@ -78,6 +83,14 @@ _RESERVE_MIN = 1024 * 1024
 _COPY_BYTES = 1024 * 1024
 _WARNINGS_MAX = 100
 _ALL = 1 << 62
+
+
+class Erased(NamedTuple):
+    """How many records went, up to which of the sequences asked for all is done, and ranges that are damaged."""
+
+    records: int
+    upto: int
+    damage: list[tuple[int, int, str]]
 
 
 class _End(NamedTuple):
@@ -134,6 +147,7 @@ class Journal:
         self._reserved = (0, 0)
         self._scratch = bytearray()  # fresh memory for every block would cost more in page faults than encoding it
         self._failed: set[int] = set()  # segments of which a sync failed here, for when the lock file cannot say so
+        self._erasures = -1
         self.tail: Tail
         try:
             self._tail_fd = files.open(os.path.join(path, "tail"), create=True)
@@ -181,7 +195,7 @@ class Journal:
         problem: Exception | None = None
         found: SegmentHeader | None = None
         try:
-            found = self._stream_file()
+            found = self.stream_file()
             if bases:
                 self.segments.header(bases[-1])  # is this still our format?
         except NewerFormat as exc:
@@ -202,7 +216,8 @@ class Journal:
             stream=self.name, why=f"unreadable ({problem})",
         )  # fmt: skip
 
-    def _stream_file(self) -> SegmentHeader | None:
+    def stream_file(self) -> SegmentHeader | None:
+        """What the stream's own file says; None without one. Raises BadBytes."""
         try:
             fd = self.files.open(os.path.join(self.path, STREAM), write=False)
         except FileNotFoundError:
@@ -317,6 +332,9 @@ class Journal:
             raise storage_error(exc, f"stream {self.name}: recovery") from exc
         if self.tail.deleted:
             raise NotFound(f"stream {self.name} was deleted")
+        if self.tail.erasures != self._erasures:
+            self.segments.close()  # files were replaced: what is open, and what is remembered of it, is of old ones
+            self._erasures = self.tail.erasures
         self.segments.drop_below(self.tail.first_segment)
 
     def current(self) -> Tail:
@@ -521,8 +539,14 @@ class Journal:
     # -- recovery -----------------------------------------------------------------------------------------------------
 
     def _recover_from(self, tail: Tail, *, poisoned: bool) -> None:
-        """The last holder died or gave up between `dirty` and publishing; the page itself is true."""
+        """The last holder died or gave up between `dirty` and publishing; the page itself is true.
+
+        He may have been erasing: then files were replaced, and what the page says of the first block is of an old one.
+        """
+        remove_leftovers(self.files, self.path)
+        self.segments.close()
         bases = self.segments.refresh()
+        self.tail = tail = self._placed(replace(tail, erasures=tail.erasures + 1), tail.first)
         orphans = [b for b in bases if b > tail.segment]
         fd = self.segments.fd(tail.segment)
         if poisoned:
@@ -584,6 +608,7 @@ class Journal:
         The page of a former boot still says one thing for certain: up to its mark, sequences were shown to readers. Where
         the segments end below it, what is missing is damage, and its sequences are not given again.
         """
+        self.segments.close()
         bases = self.segments.refresh()
         streams = os.path.dirname(self.path)
         for directory in (self.path, streams, os.path.dirname(streams)):
@@ -620,8 +645,9 @@ class Journal:
             generation=(old.generation if old is not None else 0) + 1, boot=self.boot, device=self.identity[0],
             inode=self.identity[1], durable=durable, segment=last, end=found.end, chain=found.chain, time_ns=time_ns,
             first=min(first, durable + 1), first_segment=last, first_offset=SEGMENT_HEADER, bytes=0,
-            deleted=old.deleted if old is not None else 0,
+            deleted=old.deleted if old is not None else 0, erasures=old.erasures + 1 if old is not None else 1,
         )  # fmt: skip
+        remove_leftovers(self.files, self.path)
         if found.durable < shown:
             self._warn(f"records {found.durable + 1} to {shown} are lost: they were published and are not there")
         tail = self._placed(tail, tail.first)
@@ -736,6 +762,7 @@ class Journal:
                 raise storage_error(exc, f"stream {self.name}: trim") from exc
             return 0
         try:
+            erased = sum(tail.first <= s < before for s in self.erased(tail))
             new = self._placed(tail, before)
             self._write_trim(before)
         except OSError as exc:
@@ -749,7 +776,7 @@ class Journal:
                 hint="trim again",
             ) from exc
         self._remove_segments(new.first_segment)
-        return before - tail.first
+        return before - tail.first - erased
 
     def expire(self) -> None:
         """Under lock: let go what the age limit says."""
@@ -872,7 +899,7 @@ class Journal:
                 end = tail.end if base == tail.segment else self.files.size(self.segments.fd(base))
                 size += end - (offset if base == segment else SEGMENT_HEADER)
         return replace(
-            tail, first=first, first_segment=segment, first_offset=offset, bytes=size,
+            tail, first=first, first_segment=segment, first_offset=offset, bytes=max(size, 0),
             first_time_ns=time_ns or tail.time_ns,
         )  # fmt: skip
 
@@ -923,6 +950,85 @@ class Journal:
         if not marks:
             self.files.sync_dir(self.path)
 
+    # -- erasing ------------------------------------------------------------------------------------------------------
+
+    def erased(self, tail: Tail) -> array[int]:
+        """The sequences of the erased records that lie in the segments. Raises OSError."""
+        return erased_in(self, self.segments, tail)
+
+    def erase(self, sequences: Sequence[int]) -> Erased:
+        """Under lock: erase those of these (in order) that lie in the first segment that holds any, durably. Call it again,
+        after letting others have the lock, with what lies behind `upto`.
+
+        Trimmed records whose bytes are still there go too, and do not count. Raises StorageFull or Unavailable when
+        certainly nothing in this segment changed, Ambiguous otherwise: then call it again with the same.
+        """
+        tail = self.tail
+        what = f"stream {self.name}: erase"
+        try:
+            bases = self.segments.refresh()
+            live = [s for s in sequences if bases and bases[0] <= s <= tail.durable]
+            if not live:
+                return Erased(0, sequences[-1], [])
+            base = self.segments.holding(live[0])
+            if base == tail.segment:
+                # what is being written stays as it is published; it is erased from when it is sealed
+                self._set_dirty(1)
+                self._roll()
+                tail = self.tail
+            following = self.segments.next_base(base) or tail.durable + 1
+            wanted = [s for s in live if s < following]
+            change = plan(self.segments, base, wanted, tail.durable)
+            if change.edits:
+                self._set_dirty(1)  # from here on, whoever comes after our death clears up
+                self._mark_erased_from()
+                path, index = rewrite(self.segments, base, change)
+                self._drop_index(base)
+                self.files.rename(path, os.path.join(self.path, segment_name(base)))
+        except OSError as exc:
+            raise storage_error(exc, what) from exc
+        try:
+            # also when all of these were erased already: whoever did it may have died before this
+            self.files.sync_dir(self.path)
+            if change.edits:
+                self.segments.forget(base)
+                self._publish(self._placed(replace(tail, erasures=tail.erasures + 1), tail.first))
+                self._erasures = self.tail.erasures
+        except OSError as exc:
+            raise Ambiguous(f"{what}: {exc.strerror or exc}", hint="erase them again") from exc
+        if change.edits:
+            self._put_index(base, index)
+        records = sum(s >= tail.first for s in change.erased)
+        return Erased(records, wanted[-1], [(gap.first, gap.last, gap.why) for gap in change.damage])
+
+    def _mark_erased_from(self) -> None:
+        """Make the stream one that an older build refuses, durably, before the first of its blocks is replaced."""
+        header: SegmentHeader | None = None
+        with suppress(BadBytes):
+            header = self.stream_file()
+        if header is None:
+            header = self._any_header()
+        if header.version < VERSION_ERASED:
+            target = os.path.join(self.path, STREAM)
+            _make_file(self.files, target + ".tmp", encode_segment_header(replace(header, version=VERSION_ERASED)))
+            self.files.rename(target + ".tmp", target)
+            self.files.sync_dir(self.path)
+
+    def _drop_index(self, base: int) -> None:
+        with suppress(FileNotFoundError):
+            self.files.unlink(os.path.join(self.path, f"{base:020d}{INDEX}"))
+
+    def _put_index(self, base: int, content: bytes) -> None:
+        """A cache: failing is not failing to erase."""
+        try:
+            fd = self.files.open(os.path.join(self.path, f"{base:020d}{INDEX}"), create=True)
+            try:
+                write_all(self.files, fd, [content], 0)
+            finally:
+                self.files.close(fd)
+        except OSError as exc:
+            self._warn(f"the index of segment {base} could not be written: {exc.strerror or exc}")
+
     # -- the rest -----------------------------------------------------------------------------------------------------
 
     def mark_deleted(self) -> None:
@@ -957,6 +1063,7 @@ class Journal:
 
     def _verified(self, reader: Segments, tail: Tail) -> Verification:
         damage: list[Damage] = []
+        erased: set[int] = set()
         records = size = 0
         bases = [b for b in reader.refresh() if b <= tail.segment]
         chain: int | None = None
@@ -983,11 +1090,41 @@ class Journal:
                 if kept > 0:
                     records += kept
                     size += h.size
+                    if h.erased:
+                        try:
+                            gone = decode_meta(item.data, h).gone(h)
+                        except BadBytes as exc:
+                            damage.append(Damage(max(h.base, tail.first), h.last, f"{where}:{item.offset}", str(exc)))
+                            continue
+                        erased.update(s for s in gone if s >= tail.first)
             if base != tail.segment and self.files.size(reader.fd(base)) > end and not damage:
                 slack = self.files.pread(reader.fd(base), BLOCK_DATA_MAX, end).strip(b"\0")
                 if slack:
                     self._warn(f"{where}: {len(slack)} bytes of a superseded write behind its last block")
-        return Verification(records=records, bytes=size, first=tail.first, last=tail.durable, damage=damage)
+        first = first_kept(tail, sorted(erased))
+        return Verification(records=records - len(erased), bytes=size, first=first, last=tail.durable, damage=damage)
+
+
+def erased_in(journal: Journal, segments: Segments, tail: Tail) -> array[int]:
+    """The erased sequences, by somebody's own view of the segments. Nothing is read of a stream that was never erased from.
+    Raises OSError."""
+    try:
+        header = journal.stream_file()
+    except BadBytes:
+        header = None
+    if header is not None and header.version < VERSION_ERASED:
+        return array("Q")
+    segments.refresh()
+    return segments.erased(tail.durable)
+
+
+def first_kept(tail: Tail, erased: Sequence[int]) -> int:
+    """The oldest record's sequence, with the erased ones known; durable + 1 when there is none."""
+    first = tail.first
+    at = bisect_left(erased, first)
+    while at < len(erased) and erased[at] == first:
+        first, at = first + 1, at + 1
+    return first
 
 
 def segment_size(config: StreamConfig) -> int:

@@ -6,6 +6,8 @@ A page is a pure function of `after`. What makes the next page cheap is a small 
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +27,7 @@ from mist.log.format import (
     decode_records,
     meta_ok,
 )
-from mist.log.journal import Journal
+from mist.log.journal import Journal, erased_in
 from mist.log.segments import Block, Gap, Segments
 
 _CHUNK_MIN = 128 * 1024
@@ -48,12 +50,15 @@ class Reader:
         self._files = journal.files
         self._segments = Segments(journal.files, journal.path, journal.segments.seed)
         self._listed = (0, 0)
+        self._erasures = -1
+        self._erased: tuple[int, array[int]] = (-1, array("Q"))
         self._large = False  # whether the last block was: the next one is read alone
         self._buffer = bytearray()
         # after -> (segment, offset of the block that holds the next record, checksum of the block before it or None)
         self._places: OrderedDict[int, _Place] = OrderedDict()
         # after -> the undelivered records of that block, from the one after `after`, and where the next block starts
-        self._rests: OrderedDict[int, tuple[list[Record], int, _Place]] = OrderedDict()
+        # with the last sequence of the block (it may be an erased one)
+        self._rests: OrderedDict[int, tuple[list[Record], int, int, _Place]] = OrderedDict()
 
     def close(self) -> None:
         self._segments.close()
@@ -97,7 +102,21 @@ class Reader:
         self._places.clear()
         self._rests.clear()
 
+    def erased(self, tail: Tail) -> array[int]:
+        """The sequences of all erased records, in order; those of trimmed ones may be among them. Raises OSError."""
+        if self._erased[0] != tail.erasures:
+            own = Segments(self._files, self._journal.path, self._segments.seed)
+            try:
+                self._erased = (tail.erasures, erased_in(self._journal, own, tail))
+            finally:
+                own.close()
+        return self._erased[1]
+
     def _refresh(self, tail: Tail) -> None:
+        if tail.erasures != self._erasures:
+            self._segments.close()  # files were replaced: offsets, open files and decoded blocks are of old ones
+            self._forget()
+            self._erasures = tail.erasures
         key = (tail.segment, tail.first_segment)
         if key != self._listed:
             self._segments.refresh()
@@ -107,7 +126,7 @@ class Reader:
             self._listed = key
             for after in [a for a, place in self._places.items() if place[0] not in bases]:
                 del self._places[after]
-            for after in [a for a, rest in self._rests.items() if rest[2][0] not in bases]:
+            for after in [a for a, rest in self._rests.items() if rest[3][0] not in bases]:
                 del self._rests[after]
 
     def _page(self, after: int, match: Match, limit: int, bytes_max: int, tail: Tail) -> Page:
@@ -118,12 +137,13 @@ class Reader:
         scanned = after
         rest = self._rests.pop(after, None)
         if rest is not None:
-            records, at, (segment, offset, chain) = rest
+            records, at, last, (segment, offset, chain) = rest
             taken, at, size = _take(records, at, match, limit, bytes_max, out, 0)
-            scanned = records[at - 1].sequence if at else after
             if not taken:
-                self._remember_rest(scanned, records, at, (segment, offset, chain))
+                scanned = records[at - 1].sequence if at else after
+                self._remember_rest(scanned, records, at, last, (segment, offset, chain))
                 return Page(out, scanned, mark)
+            scanned = last
         else:
             segment, offset, chain = self._places.get(after) or self._find(after + 1, mark)
         fd = self._segments.fd(segment)
@@ -201,6 +221,8 @@ class Reader:
                     why=str(exc),
                 ) from exc
             skip = scanned + 1 - header.base
+            if skip and header.erased:
+                skip = bisect_right(records, scanned, key=_sequence)
             if (
                 not skip
                 and match is None
@@ -219,11 +241,12 @@ class Reader:
             if match is None and size + header.data_len > bytes_max:
                 size = sum([len(r.data) for r in out])  # it counted the framing of whole blocks too
             taken, stop, size = _take(records, skip, match, limit, bytes_max, out, size)
-            if stop:
-                scanned = records[stop - 1].sequence
             if stop < len(records):
-                self._remember_rest(scanned, records, stop, (segment, offset + header.size, header.crc))
+                if stop > skip:
+                    scanned = records[stop - 1].sequence
+                self._remember_rest(scanned, records, stop, header.last, (segment, offset + header.size, header.crc))
                 return Page(out, scanned, mark)
+            scanned = header.last
             offset += header.size
             chain = header.crc
             if not taken:
@@ -249,11 +272,8 @@ class Reader:
         if len(self._places) > _PLACES:
             self._places.popitem(last=False)
 
-    def _remember_rest(self, after: int, records: list[Record], at: int, place: _Place) -> None:
-        if at >= len(records):
-            self._remember_place(after, place)
-            return
-        self._rests[after] = (records, at, place)
+    def _remember_rest(self, after: int, records: list[Record], at: int, last: int, place: _Place) -> None:
+        self._rests[after] = (records, at, last, place)
         if len(self._rests) > _RESTS:
             self._rests.popitem(last=False)
 
@@ -311,7 +331,13 @@ class Reader:
             start = self._segments.start_for(base, 0, time_ns=time_ns)
             for item in self._segments.walk(base, start=start, mark=tail.durable):
                 if isinstance(item, Block) and item.header.time_ns >= time_ns and item.header.last >= tail.first:
-                    return max(item.header.base, tail.first)
+                    first = max(item.header.base, tail.first)
+                    if not item.header.erased:
+                        return first
+                    with suppress(BadBytes):
+                        kept = decode_meta(item.data, item.header).kept(item.header)
+                        if kept and kept[-1] >= first:
+                            return kept[bisect_right(kept, first - 1)]
         return tail.durable + 1
 
     def metas(self, after: int, tail: Tail) -> list[tuple[int, int, int, list[str] | None]]:
@@ -355,7 +381,7 @@ class Reader:
             block = chunk[at : at + BLOCK_HEADER + header.meta_len]
             with suppress(BadBytes):  # damage is the reader's to report; a window only loses these ids
                 meta = decode_meta(block, header) if meta_ok(block, header, self._segments.seed) else None
-            out.append((header.base, header.records, header.time_ns, meta.ids if meta else None))
+            out.append((header.base, header.records, header.time_ns, meta.all_ids(header) if meta else None))
             offset += header.size
             expected = header.last + 1
         self._remember_place(tail.durable, (segment, offset, None))
@@ -366,6 +392,10 @@ class Reader:
             if isinstance(item, Block) and item.header.base >= sequence:
                 return item.offset, item.header.base
         return None
+
+
+def _sequence(record: Record) -> int:
+    return record.sequence
 
 
 def _take(

@@ -6,9 +6,11 @@ Reading only; nothing here changes a file. `walk` is the one place that decides 
 from __future__ import annotations
 
 import os
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from mist.log.files import Files
@@ -16,12 +18,14 @@ from mist.log.format import (
     BLOCK_HEADER,
     BLOCK_MAGIC,
     SEGMENT_HEADER,
+    VERSION_ERASED,
     BadBytes,
     BlockHeader,
     SegmentHeader,
     block_header,
     block_ok,
     decode_index,
+    decode_meta,
     decode_segment_header,
 )
 
@@ -171,6 +175,42 @@ class Segments:
                 return None
             if header.last >= sequence:
                 return offset
+            expected = header.last + 1
+            offset += header.size
+
+    def erased(self, mark: int) -> array[int]:
+        """The sequences of all erased records up to `mark`, in order. Looks into segments that were erased from only, there
+        at headers and what they flag; in damage nothing is known to be erased."""
+        out = array("Q")
+        for base in self.bases:
+            try:
+                if base > mark or self.header(base).version < VERSION_ERASED:
+                    continue
+            except BadBytes:
+                pass  # it may be one
+            for block in self._flagged(base, mark):
+                with suppress(BadBytes):
+                    out.extend(decode_meta(block.data, block.header).gone(block.header))
+        return out
+
+    def _flagged(self, base: int, mark: int) -> Iterator[Block]:
+        """The blocks of a segment that records were erased from, found by headers alone as far as these lead."""
+        fd = self.fd(base)
+        stop = min(mark, (self.next_base(base) or mark + 1) - 1)
+        offset, expected = SEGMENT_HEADER, base
+        chunk, start = b"", 0
+        while expected <= stop:
+            if offset < start or offset + BLOCK_HEADER > start + len(chunk):
+                chunk, start = self.files.pread(fd, _CHUNK, offset), offset
+            header = block_header(chunk, offset - start)
+            found = self.block(base, offset) if header is not None and header.erased else None
+            if header is None or header.base != expected or (header.erased and found is None):
+                for item in self.walk(base, start=offset, expected=expected, mark=mark):
+                    if isinstance(item, Block) and item.header.erased:
+                        yield item
+                return
+            if found is not None:
+                yield found
             expected = header.last + 1
             offset += header.size
 

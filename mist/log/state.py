@@ -559,6 +559,22 @@ class State:
             if first - 1 <= delivered < last:
                 db.execute("update consumer set delivered=? where id=?", (last, consumer))
 
+    def erase(self, stream: str, sequences: Sequence[int]) -> None:
+        """Settle these for good in every lease of the stream's consumers."""
+        doomed = set(sequences)
+        with self._write() as db:
+            rows = db.execute(
+                f"select {_COLUMNS} from lease where consumer in (select id from consumer where stream=?)"
+                " and hi>=? and lo<=?",
+                (stream, min(doomed), max(doomed)),
+            ).fetchall()
+            for row in rows:
+                lease = Lease(*row)
+                still = lease.open()
+                left = [s for s in still if s not in doomed]
+                if len(left) < len(still):
+                    self._rewrite(db, lease, left)
+
     def give_back(
         self, consumer: int, groups: dict[str, list[int]], *, delay_ms: int, same_attempt: bool = False
     ) -> int:

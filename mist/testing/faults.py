@@ -198,6 +198,9 @@ class FaultyStream(Stream):
     async def trim(self, *, before: int) -> int:
         return await self.inner.trim(before=before)
 
+    async def erase(self, sequences: Sequence[int]) -> int:
+        return await self.broker.pass_through("erase", lambda: self.inner.erase(sequences))
+
     async def verify(self) -> Verification:
         return await self.inner.verify()
 

@@ -5,7 +5,7 @@
 
 The model is plain Python: a list of records, a dictionary of ids, per consumer what is leased and what was given back,
 per name one position. Rules append (with ids, duplicates, conditions), read pages (filtered, bounded, from any
-position), trim, fetch, ack, nak, term, extend, seek, save and delete checkpoints, connect again (where it may), delete
+position), trim, erase, fetch, ack, nak, term, extend, seek, save and delete checkpoints, connect again (where it may), delete
 the stream and make it again. After every call the broker's answer must be one the contract allows. Where the contract
 leaves a choice (which of two due records comes first, how full a page is), any choice is accepted.
 
@@ -80,6 +80,10 @@ class _Model:
         self.consumers: dict[str, _ConsumerModel] = {}
         self.checkpoints: dict[str, tuple[str, int]] = {}
         self.dead: set[int] = set()
+
+    def kept(self) -> int:
+        """The oldest record's sequence. Between `first` and this one only erased ones lay: a read may refuse there."""
+        return self.records[0].sequence if self.records else self.last + 1
 
 
 class Machine(RuleBasedStateMachine):
@@ -172,7 +176,14 @@ class Machine(RuleBasedStateMachine):
         if after + 1 < model.first:
             self._raises(SequenceExpired, call)
             return
-        page = self.run(call)
+        refused: SequenceExpired | None = None
+        try:
+            page = self.run(call)
+        except SequenceExpired as exc:
+            refused = exc
+        if refused is not None:
+            assert after + 1 < model.kept() == refused.first, "refused although nothing is missing"
+            return
         match = matcher(subjects) or (lambda subject: True)
         expected = [r for r in model.records if r.sequence > after and match(r.subject)]
         assert page.last == model.last
@@ -189,7 +200,7 @@ class Machine(RuleBasedStateMachine):
     def replay(self, subjects: tuple[str, ...], limit: int) -> None:
         match = matcher(subjects) or (lambda subject: True)
         got: list[Record] = []
-        after = self.model.first - 1
+        after = self.model.kept() - 1
         while True:
             page = self.run(self.stream.read(after=after, subjects=subjects, limit=limit))
             got += page.records
@@ -213,6 +224,36 @@ class Machine(RuleBasedStateMachine):
         model.first = max(model.first, before)
         for consumer in model.consumers.values():
             consumer.forget_below(model.first)
+
+    @precondition(lambda self: self.broker.capabilities.erase)
+    @rule(where=st.lists(st.floats(0, 1), min_size=1, max_size=4), unknown=st.booleans())
+    def erase(self, where: list[float], unknown: bool) -> None:
+        model = self.model
+        doomed = {round(w * model.last) for w in where} | ({model.last + 5} if unknown else set())
+        gone = {r.sequence for r in model.records if r.sequence in doomed}
+        assert self.run(self.stream.erase(sorted(doomed, reverse=True))) == len(gone)
+        model.records = [r for r in model.records if r.sequence not in gone]
+        forgotten = {i for i, s in model.ids.items() if s in gone}
+        model.ids = {i: s for i, s in model.ids.items() if i not in forgotten}
+        for consumer in model.consumers.values():
+            for sequence in gone:
+                consumer.leased.pop(sequence, None)  # whether its token still counts is nobody's promise
+                consumer.given_back.pop(sequence, None)
+        self._end_the_doubt(forgotten)
+
+    def _end_the_doubt(self, ids: set[str]) -> None:
+        """Whether these ids are still remembered is the backend's business: one append with each tells."""
+        model = self.model
+        for id in sorted(ids) if self.broker.capabilities.dedupe else []:
+            self.number += 1
+            message = Message("a", b"%d" % self.number, id)
+            (sequence,) = self.run(self.stream.append([message]))
+            known = model.ids.get(id)
+            assert known in (None, sequence), "a duplicate got another sequence"
+            model.ids[id] = sequence
+            if sequence > model.last:
+                model.last = sequence
+                model.records.append(Record(sequence, "a", message.data, 0, id))
 
     # --- consumers ---
 
@@ -364,19 +405,11 @@ class Machine(RuleBasedStateMachine):
         self.stream = self.run(self.broker.open(self.name, create=False))
         assert self.stream.incarnation == incarnation
         self.handles = {n: self.run(self.stream.consumer(n, create=False)) for n in self.handles}
-        # Whether ids of trimmed records are remembered beyond a restart is the backend's business, also when the trim
-        # comes before the first append of the new connection: an append with an id ends that doubt here.
-        self.model.ids = {i: s for i, s in self.model.ids.items() if s >= self.model.first}
-        kept = dict(self.model.ids)
-        self.number += 1
-        unsure = [str(n) for n in range(13) if str(n) not in kept] or ["0"]
-        for id in unsure if self.broker.capabilities.dedupe else []:
-            (sequence,) = self.run(self.stream.append([Message("a", b"%d" % self.number, id)]))
-            assert kept.get(id, sequence) == sequence, "a duplicate got another sequence"
-            self.model.ids[id] = sequence
-            if sequence > self.model.last:
-                self.model.last = sequence
-                self.model.records.append(Record(sequence, "a", b"%d" % self.number, 0, id))
+        # Whether ids of trimmed and erased records are remembered beyond a restart is the backend's business, also when
+        # the trim comes before the first append of the new connection: an append with an id ends that doubt here.
+        there = {r.sequence for r in self.model.records}
+        self.model.ids = {i: s for i, s in self.model.ids.items() if s in there}
+        self._end_the_doubt({str(n) for n in range(13)} - self.model.ids.keys() or {"0"})
 
     @precondition(lambda self: self.broker.capabilities.delete)
     @rule(sure=st.integers(0, 3))
@@ -409,8 +442,7 @@ class Machine(RuleBasedStateMachine):
     def the_figures_agree(self) -> None:
         info = self.run(self.stream.info())
         model = self.model
-        first = model.records[0].sequence if model.records else model.last + 1
-        assert (info.first, info.last, info.records) == (first, model.last, len(model.records))
+        assert (info.first, info.last, info.records) == (model.kept(), model.last, len(model.records))
         for name in self.handles:
             consumer, expected = self._consumer(name)
             figures = self.run(consumer.info())

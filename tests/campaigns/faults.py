@@ -81,13 +81,20 @@ class World:
         elif step.what == "again" and self.model.acked:
             last = max(self.model.acked)
             again = [
-                self.model.acked[s] for s in range(max(last - step.count, 0) + 1, last + 1) if s in self.model.acked
+                self.model.acked[s]
+                for s in range(max(last - step.count, 0) + 1, last + 1)
+                if s in self.model.acked and s not in self.model.erase_asked
             ]
-            box.append([Message("a.0", self.model.tried[i], i) for i in again])
+            if again:
+                box.append([Message("a.0", self.model.tried[i], i) for i in again])
         elif step.what == "trim":
             tail = box.reader.tail()
             before = tail.first + (tail.durable + 1 - tail.first) * min(step.count, 100) // 100
             self.model.trim(box, before)
+        elif step.what == "erase":
+            # some of what is there: every `count`-th record, from the middle and from the segment being written
+            tail = box.reader.tail()
+            self.model.erase(box, list(range(tail.durable - step.size % 3, tail.first - 1, -step.count)))
         elif step.what == "read":
             self.model.look(box.all())
         elif step.what == "reopen":
@@ -127,8 +134,12 @@ class World:
         records = box.all()
         self._expired(tail.first)
         self.model.check(records, tail.first, tail.durable)
+        self.model.nowhere(self.files)
+        gone = [s for s in box.reader.erased(tail) if s >= tail.first]
+        assert gone == sorted(set(range(tail.first, tail.durable + 1)) - {r.sequence for r in records}), gone
         found = box.journal.verify()
         assert not found.damage, f"verify finds {found.damage}"
+        assert found.records == len(records)
         self.model.look(records)
         waiting = list(self.model.in_flight)
         if waiting:
@@ -165,6 +176,23 @@ SHORT_SCRIPTS: tuple[tuple[Step, ...], ...] = (
     (Step("append", 1, 9000), Step("append"), Step("trim", 100), Step("append")),
     (Step("append"), Step("badsync", 2, 400), Step("append")),
     (Step("append", 2, 1500), Step("badsync", 2, 2400), Step("badsync"), Step("append"), Step("again", 3)),
+    (Step("append", 3, 100), Step("erase", 2), Step("append"), Step("erase", 2)),
+    (
+        Step("append", 3, 900),
+        Step("append", 4, 900),
+        Step("append", 3, 900),
+        Step("erase", 3),
+        Step("append"),
+        Step("read"),
+    ),
+    (
+        Step("append", 4, 900),
+        Step("append", 4, 900),
+        Step("trim", 30),
+        Step("erase", 1),
+        Step("trim", 80),
+        Step("append"),
+    ),
 )
 
 
@@ -261,7 +289,9 @@ def _crashed(script: Sequence[Step], config: StreamConfig, at: int, seed: int) -
 
 def _random_steps(rng: random.Random) -> Iterator[Step]:
     while True:
-        what = rng.choices(("append", "again", "trim", "read", "reopen", "badsync"), weights=(12, 2, 2, 2, 2, 1))[0]
+        what = rng.choices(
+            ("append", "again", "trim", "read", "reopen", "badsync", "erase"), weights=(12, 2, 2, 2, 2, 1, 2)
+        )[0]
         if what == "trim":
             yield Step(what, rng.choice((10, 30, 60, 100)))
         else:
@@ -544,7 +574,12 @@ WORKLOAD: tuple[Step, ...] = (
     Step("read"),
     Step("trim", 100),
     Step("append", 1, 3000),
+    Step("append", 3, 900),
+    Step("erase", 2),
+    Step("read"),
     Step("append", 1, 3000),
+    Step("erase", 3, 1),
+    Step("erase", 3, 1),
 )
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS, "EINTR": errno.EINTR, "short": SHORT}
 
@@ -649,4 +684,5 @@ def _holds(world: World, box: Box, config: StreamConfig) -> None:
     if config.bytes_max:
         world.model.first_asked = max(world.model.first_asked, tail.first)
     world.model.check(box.all(), tail.first, tail.durable)
+    world.model.nowhere(world.files)
     assert not box.journal.verify().damage

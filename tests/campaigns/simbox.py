@@ -119,6 +119,17 @@ class Box:
         with self.journal.locked():
             self.journal.trim(before)
 
+    def erase(self, sequences: list[int]) -> int:
+        """As LogStream.erase does it: segment by segment, each under the lock."""
+        left, count = sorted(sequences), 0
+        while left:
+            with self.journal.locked():
+                part = self.journal.erase(left)
+            assert not part.damage, f"nothing is damaged, it says {part.damage}"
+            count += part.records
+            left = [s for s in left if s > part.upto]
+        return count
+
     def all(self, *, after: int | None = None, limit: int = 1000, skip: bool = False) -> list[Record]:
         """Everything kept, page by page; with `skip`, over the damage."""
         out: list[Record] = []
@@ -161,10 +172,14 @@ class Model:
         self.first_asked = 1
         """A trim up to here was asked for and may have happened."""
         self.in_flight: list[Message] = []
+        self.erased: set[int] = set()
+        """These are gone: erase returned."""
+        self.erase_asked: set[int] = set()
+        """These may be."""
 
     def copy(self) -> Model:
         new = Model()
-        for name in ("tried", "acked", "refused", "seen"):
+        for name in ("tried", "acked", "refused", "seen", "erased", "erase_asked"):
             setattr(new, name, getattr(self, name).copy())
         new.first, new.first_asked, new.in_flight = self.first, self.first_asked, list(self.in_flight)
         new.numbers = itertools.count(len(self.tried) + 1)
@@ -215,6 +230,23 @@ class Model:
         self.first = max(self.first, before)
         return None
 
+    def erase(self, box: Box, sequences: list[int]) -> MistError | None:
+        self.erase_asked.update(sequences)
+        try:
+            box.erase(sequences)
+        except MistError as exc:
+            return exc
+        self.erased.update(sequences)
+        return None
+
+    def nowhere(self, files: SimFiles) -> None:
+        """What was erased is in no file of the stream. (What is set aside is no record.)"""
+        contents = {p: files.content(p) for p in files.paths() if p.startswith(PATH) and "/quarantine/" not in p}
+        for sequence in self.erased & self.acked.keys():
+            id = self.acked[sequence].encode()
+            for path, content in contents.items():
+                assert bytes([0xA0 + len(id)]) + id not in content, f"erased record {sequence} is still in {path}"
+
     def look(self, records: list[Record]) -> None:
         """A reader was given these: they must stay what they are."""
         for r in records:
@@ -239,7 +271,10 @@ class Model:
     def check(self, records: list[Record], first: int, last: int, *, power: bool = True) -> None:
         """What must hold of a log found later: nothing promised is missing, nothing doubled, nothing invented."""
         sequences = [r.sequence for r in records]
-        assert sequences == list(range(first, last + 1)), f"not dense: {sequences} in {first}..{last}"
+        missing = set(range(first, last + 1)) - set(sequences)
+        assert sequences == sorted(set(sequences)), f"out of order: {sequences}"
+        assert missing <= self.erase_asked, f"not dense: {sequences} in {first}..{last}, erased {self.erase_asked}"
+        assert not self.erased & set(sequences), f"erased records are back: {self.erased & set(sequences)}"
         assert first <= max(self.first_asked, 1), f"first is {first}, trimmed up to {self.first_asked}"
         assert first >= self.first, f"trimmed records are back: first {first}, trimmed up to {self.first}"
         by = {r.sequence: r for r in records}
@@ -247,7 +282,7 @@ class Model:
         assert len(set(ids)) == len(ids), f"doubled: {sorted(i for i in set(ids) if ids.count(i) > 1)}"
         for promised, what in ((self.acked, "acknowledged"), (self.seen, "seen by a reader")):
             for sequence, id in promised.items():
-                if sequence < first:
+                if sequence < first or (sequence in self.erase_asked and sequence not in by):
                     continue
                 assert sequence in by, f"record {sequence} ({id}) was {what} and is lost"
                 assert by[sequence].id == id, f"record {sequence} was {what} as {id}, it is {by[sequence].id}"

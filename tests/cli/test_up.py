@@ -85,7 +85,10 @@ def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: 
     assert [r.id for r in records(log, "trace")] == ["id-1", "id-2", "id-3"]
     until(lambda: spans(found) == 3)
     report = httpx.get(found["readyz"], trust_env=False).json()
-    assert (report["status"], report["checks"]) == ("ok", {"broker": "ok", "door": "ok", "tokentrace": "ok"})
+    assert (report["status"], report["checks"]) == (
+        "ok",
+        {"broker": "ok", "door": "ok", "tokentrace": "ok", "otlp": "ok"},
+    )
     assert report["tools"]["door"]["accepted"] == 3
     page = httpx.get(found["metrics"], trust_env=False)
     assert 'mist_http_requests_total{method="POST",route="/mist",status="202"} 1.0' in page.text

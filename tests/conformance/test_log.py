@@ -54,6 +54,10 @@ class TestLog(BrokerConformance):
         finally:
             self.files.room = None
 
+    async def stored(self, broker: Broker, stream: str) -> bytes:
+        files = sorted(p for p in (self.path / "streams" / stream).rglob("*") if p.is_file())
+        return b"".join(p.read_bytes() for p in [*files, *self.path.glob("state.db*")])
+
     async def damage(self, broker: Broker, stream: str, first: int, last: int) -> tuple[int, int] | None:
         opened = await broker.open(stream, create=False)
         segments = Segments(Files(), str(self.path / "streams" / stream), opened.journal.segments.seed)  # type: ignore[attr-defined]

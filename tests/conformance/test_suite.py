@@ -158,6 +158,9 @@ class BareStream(memory.MemoryStream):
     async def trim(self, *, before: int) -> int:
         raise Unsupported("trim", "bare")
 
+    async def erase(self, sequences: Sequence[int]) -> int:
+        raise Unsupported("erase", "bare")
+
     async def verify(self) -> Any:
         raise Unsupported("verify", "bare")
 

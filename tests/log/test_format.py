@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 from google_crc32c import extend, value
+from msgspec.structs import replace
 
 from mist.broker.base import StreamConfig
 from mist.log.format import (
@@ -18,6 +20,7 @@ from mist.log.format import (
     TAIL_BYTES,
     TRIM_BYTES,
     BadBytes,
+    BlockHeader,
     Columns,
     SegmentHeader,
     Tail,
@@ -34,6 +37,7 @@ from mist.log.format import (
     encode_segment_header,
     encode_tail,
     encode_trim,
+    erase_from_block,
     meta_ok,
     seed_of,
 )
@@ -82,6 +86,8 @@ def test_segment_header() -> None:
     assert int.from_bytes(data[8:12], "little") == value(data[12:2048])
     assert int.from_bytes(data[16:24], "little") == 1
     assert decode_segment_header(data, strict=True) == HEADER
+    erased = replace(HEADER, version=2)
+    assert decode_segment_header(encode_segment_header(erased), strict=True) == erased
     for broken in (b"x" + data[1:], data[:3000] + b"x" + data[3001:]):
         assert decode_segment_header(broken) == HEADER
         with pytest.raises(BadBytes):
@@ -120,11 +126,100 @@ def test_blocks() -> None:
     assert len(rest) == second.size
 
 
+def test_erased_blocks() -> None:
+    """A block keeps checksum, chain and sequences when records are erased from it, and holds nothing of them."""
+    whole = blocks()
+    first = block_header(whole)
+    assert first is not None
+    rest = whole[first.size :]
+    before = block_header(rest)
+    assert before is not None
+    some, gone = erase_from_block(rest, before, {3}, SEED)
+    assert gone == [3]
+    none, gone = erase_from_block(some, head_of(some), {2, 3, 4, 99}, SEED)
+    assert gone == [2, 4]
+    for name, data, left in (("erased-some.bin", some, [0, 2]), ("erased-all.bin", none, [])):
+        data = golden(name, data)
+        assert data[:9] == rest[:9]
+        assert data[9] == 1
+        assert data[12:16] == rest[12:16]
+        assert data[24:44] == rest[24:44]
+        header = head_of(data)
+        assert (header.erased, header.crc, header.chain, header.size) == (True, before.crc, before.chain, len(data))
+        assert block_ok(data, header, SEED)
+        assert meta_ok(data, header, SEED)
+        meta = decode_meta(data, header)
+        assert meta.erased == bytes([0b111 & ~sum(1 << i for i in left)])
+        records = decode_records(data, header, meta)
+        assert [(r.sequence, r.subject, r.data, r.id, r.headers) for r in records] == [
+            (2 + i, MANY.subjects[i], MANY.datas[i], (MANY.ids or [])[i], (MANY.headers or [])[i]) for i in left
+        ]
+        assert b"error" not in data
+        assert b"Content-Type" not in data
+        assert meta.all_ids(header) in (["id-1", "", "id-3"], None)
+        again, gone = erase_from_block(data, header, {3}, SEED)
+        assert (again, gone) == (data, [])
+        for bit in range(32, len(data) * 8):
+            broken = bytearray(data)
+            broken[bit >> 3] ^= 1 << (bit & 7)
+            head = block_header(broken)
+            assert head is None or not block_ok(bytes(broken), head, SEED), f"bit {bit}"
+
+
+def head_of(block: bytes) -> BlockHeader:
+    header = block_header(block)
+    assert header is not None
+    return header
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 255, 256, 257, 3000])
+@pytest.mark.parametrize("distinct", [1, 3, 300])
+def test_erasing_from_blocks_of_any_size(count: int, distinct: int) -> None:
+    """Whatever is erased, in one go or one after the other: the same bytes, the same checksum, the others as they were."""
+    rng = random.Random(count * distinct)
+    made = Columns(
+        [f"s.{i % distinct}" for i in range(count)], [b"%d" % i * 3 for i in range(count)],
+        [f"i{i}" if i % 3 else "" for i in range(count)], [(("h", str(i)),) if i % 5 == 0 else () for i in range(count)],
+    )  # fmt: skip
+    parts, crc = encode_block(made, base=10, time_ns=5, chain=77, seed=SEED)
+    whole = b"".join(parts)
+    header = head_of(whole)
+    records = decode_records(whole, header, decode_meta(whole, header))
+    for share in (0.1, 0.9, 1.1):
+        gone = {s for s in range(10, 10 + count) if rng.random() < share} or {10}
+        once, _ = erase_from_block(whole, header, gone, SEED)
+        twice = whole
+        for some in (sorted(gone)[::2], sorted(gone)[1::2]):
+            twice, _ = erase_from_block(twice, head_of(twice), set(some), SEED)
+        assert once == twice
+        now = head_of(once)
+        assert (now.crc, now.base, now.last, now.time_ns) == (crc, 10, 9 + count, 5)
+        assert block_ok(once, now, SEED)
+        meta = decode_meta(once, now)
+        assert decode_records(once, now, meta) == [r for r in records if r.sequence not in gone]
+        assert meta.gone(now) == sorted(gone)
+
+
+def test_an_erased_block_that_cannot_be_right() -> None:
+    """A good checksum over a bitmap that marks nothing, too much, or has another length, is damage."""
+    whole = blocks()
+    header = head_of(whole[head_of(whole).size :])
+    some, _ = erase_from_block(whole[head_of(whole).size :], header, {3}, SEED)
+    at = some.index(b"\xc4\x01\x02", BLOCK_HEADER)
+    for bits in (b"\xc4\x01\x00", b"\xc4\x01\x0a", b"\xc4\x01\x07"):
+        with pytest.raises(BadBytes):
+            decode_meta(some[:at] + bits + some[at + 3 :], head_of(some))
+
+
 def test_tail_page() -> None:
     """One page, checked as a whole: any flipped bit makes it no page at all."""
     data = golden("tail.bin", encode_tail(TAIL))
     assert len(data) == TAIL_BYTES == 148
     assert decode_tail(data) == TAIL
+    assert data[12:16] == bytes(4)
+    erased = encode_tail(replace(TAIL, erasures=2**32 + 258))
+    assert erased[12:16] == b"\x02\x01\0\0"
+    assert decode_tail(erased) == replace(TAIL, erasures=258)
     for bit in range(len(data) * 8):
         broken = bytearray(data)
         broken[bit >> 3] ^= 1 << (bit & 7)
@@ -181,7 +276,7 @@ def test_a_block_of_another_stream_is_none_of_ours() -> None:
 def test_what_is_no_block() -> None:
     """Another magic, version, flags, no records, sequence 0, or too few bytes."""
     data = blocks()
-    for at, to in ((0, b"X"), (8, b"\x02"), (9, b"\x01")):
+    for at, to in ((0, b"X"), (8, b"\x02"), (9, b"\x02"), (9, b"\x03")):
         assert block_header(data[:at] + to + data[at + 1 :]) is None
     assert block_header(data[:12] + bytes(4) + data[16:]) is None
     assert block_header(data[:28] + bytes(8) + data[36:]) is None

@@ -279,7 +279,7 @@ def test_a_newer_format_is_refused_and_left_alone() -> None:
 
 def newer_header(segment: bytes) -> bytes:
     """The header of this segment as a build with the next format version would write it."""
-    half = bytearray(segment[:2048].replace(b'"version":1', b'"version":2'))
+    half = bytearray(segment[:2048].replace(b'"version":1', b'"version":3'))
     half[8:12] = crc32c(bytes(half[12:])).to_bytes(4, "little")
     return bytes(half) * 2
 

@@ -18,13 +18,14 @@ from __future__ import annotations
 import pytest
 
 for _part in ("harness", "append", "reading", "positions", "identity", "delivery", "consuming", "checkpoints",
-              "lifecycle", "sharing", "storage"):  # fmt: skip
+              "erasing", "lifecycle", "sharing", "storage"):  # fmt: skip
     pytest.register_assert_rewrite(f"mist.testing.conformance.{_part}")
 
 from mist.testing.conformance.append import Append  # noqa: E402
 from mist.testing.conformance.checkpoints import CheckpointStore  # noqa: E402
 from mist.testing.conformance.consuming import Consuming  # noqa: E402
 from mist.testing.conformance.delivery import DeliveryState  # noqa: E402
+from mist.testing.conformance.erasing import Erasing  # noqa: E402
 from mist.testing.conformance.harness import Env, Harness, case  # noqa: E402
 from mist.testing.conformance.identity import Identity  # noqa: E402
 from mist.testing.conformance.lifecycle import Lifecycle  # noqa: E402
@@ -44,6 +45,7 @@ class BrokerConformance(
     DeliveryState,
     Consuming,
     CheckpointStore,
+    Erasing,
     Lifecycle,
     Sharing,
     Storage,

@@ -76,6 +76,11 @@ class Harness:
         wider). The suite connects again afterwards. None: no way."""
         return None
 
+    async def stored(self, broker: Broker, stream: str) -> bytes | None:
+        """Every byte that the backend keeps of a stream where others could read it (its files), so that the suite can
+        look for what must be gone. None: no way, or the backend promises nothing about bytes."""
+        return None
+
     async def _run_case(self, body: Callable[[Any, Env], Awaitable[None]], needs: Sequence[str]) -> None:
         async with asyncio.timeout(self.case_timeout_s):
             env = Env(self, await self.connect())
@@ -215,6 +220,7 @@ async def expect_refusal(env: Env, capability: str) -> None:
             "read": [stream.read, lambda: stream.read(limit=1, wait_s=0.01)],
             "consumers": [lambda: stream.consumer("c"), stream.consumers],
             "trim": [lambda: stream.trim(before=1)],
+            "erase": [lambda: stream.erase([1]), lambda: stream.erase([])],
             "locate": [lambda: stream.locate(0)],
             "verify": [stream.verify],
         }

@@ -211,6 +211,8 @@ class Lifecycle(Harness):
             calls.append(("locate", lambda: stream.locate(0)))
         if caps.trim:
             calls.append(("trim", lambda: stream.trim(before=1)))
+        if caps.erase:
+            calls.append(("erase", lambda: stream.erase([1])))
         if caps.verify:
             calls.append(("verify", stream.verify))
         if caps.checkpoints:
