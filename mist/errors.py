@@ -143,10 +143,12 @@ class MistError(Exception):
         return self.info.http
 
     def to_wire(self) -> dict[str, Any]:
-        """The seed's flat error JSON: code, message, meta (omitted when empty), cause (omitted when none)."""
+        """The seed's flat error JSON: code, message, meta (omitted when empty), cause (omitted when none). The next step
+        stands in meta as `hint`."""
         out: dict[str, Any] = {"code": self.code, "message": self.message}
-        if self.meta:
-            out["meta"] = self.meta
+        meta = {**self.meta, "hint": self.hint} if self.hint else self.meta
+        if meta:
+            out["meta"] = meta
         if self.__cause__ is not None:
             out["cause"] = str(self.__cause__)
         return out

@@ -89,7 +89,7 @@ class Running:
     def add(self, tool: Platform) -> None:
         self.tools[tool.name] = tool
         self.health.add_check(tool.name, tool.check, cache_s=0)
-        self.site.tables.append(tool.doors)
+        self.site.tables.insert(0, tool.doors)  # a tool may put more behind a page of ours
 
     def _measure(self) -> None:
         metrics = self.metrics

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mist.cli._up_platform import Platform, Tool
+from mist.kit.prices import load_prices
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
-from mist.tools.tokentrace.ingest import Progress, ingest, start
-from mist.tools.tokentrace.store import Store
+from mist.protocol.url import redact
+from mist.tools.tokentrace.alerts.rules import load_rules
+from mist.tools.tokentrace.service import Limits, Service
+from mist.tools.tokentrace.settings import TokenTraceSettings
+from mist.tools.tokentrace.stats import Metrics
 from mist.transport import server
 
 DOOR = "/mist"
@@ -68,20 +73,60 @@ def otlp(store: Callable[[], Path], *, grpc_listen: str = "") -> Tool:
     return run
 
 
-def tokentrace(store: Callable[[], Path]) -> Tool:
-    """Spans of the stream into the store that `mist trace` asks; spans and position in one transaction."""
+def tokentrace(store: Callable[[], Path | str], *, settings: TokenTraceSettings | None = None) -> Tool:
+    """Spans of the stream into the store, with totals, retention and alerts; and the questions of it over HTTP."""
 
-    path = store()
+    place = store()
+    settings = settings or TokenTraceSettings()
+    prices = load_prices(Path(settings.prices)) if settings.prices else None
+    rules = load_rules(Path(settings.alerts)) if settings.alerts else ()
+    limits = Limits(retain_s=float(settings.retain), retain_bytes=int(settings.retain_bytes))
+
+    now: list[Service] = []
 
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
-        with Store.open(path) as opened:
-            after = start(opened, stream)
-            progress = Progress(after, after)
-            platform.facts = lambda: {
-                "store": str(path), "position": progress.position, "spans": progress.spans, "refused": progress.refused,
-            }  # fmt: skip
+        service = Service(
+            place, prices=prices, limits=limits, rules=rules, prometheus=platform.metrics.pages()["/metrics"],
+            say=platform.say,
+        )  # fmt: skip
+        platform.facts = lambda: {"store": redact(str(place)), **service.facts()}
+        if not now:  # a tool that is started again keeps its metrics
+            _measure(platform, lambda: now[0].totals)
+        now[:] = [service]
+
+        def ready() -> None:
+            platform.doors |= service.doors()
             platform.ready.set()
-            await ingest(platform.broker, stream, opened, stop=platform.stop, on_event=platform.say, progress=progress)
+
+        await service.run(platform.broker, stream, server.stream_sink(stream), platform.stop, ready=ready)
 
     return run
+
+
+_LABELS = ("tenant", "operation", "model", "provider")
+_TOTALS: tuple[tuple[str, str, Callable[[Metrics], float | None]], ...] = (
+    ("tokentrace_spans_total", "Spans ever.", lambda m: m.spans),
+    ("tokentrace_errors_total", "Spans ever with a status other than ok.", lambda m: m.errors),
+    ("tokentrace_cost_usd_total", "Sum of the known costs.", lambda m: m.cost_usd.total),
+    ("tokentrace_tokens_in_total", "Sum of the known input tokens.", lambda m: m.tokens_in.total),
+    ("tokentrace_tokens_out_total", "Sum of the known output tokens.", lambda m: m.tokens_out.total),
+)
+_LATENCIES: tuple[tuple[str, Callable[[Metrics], float | None]], ...] = (
+    ("tokentrace_latency_p50_ms", lambda m: m.latency_ms.p50),
+    ("tokentrace_latency_p95_ms", lambda m: m.latency_ms.p95),
+    ("tokentrace_latency_p99_ms", lambda m: m.latency_ms.p99),
+)
+
+
+def _measure(platform: Platform, totals: Callable[[], list[Metrics]]) -> None:
+    """What Prometheus sees of the store, by the names of its totals."""
+
+    def by(value: Callable[[Metrics], float | None]) -> dict[tuple[str, ...], float]:
+        found = {tuple(m.group[name] or "" for name in _LABELS): value(m) for m in totals()}
+        return {key: number for key, number in found.items() if number is not None}
+
+    for name, text, value in _TOTALS:
+        platform.metrics.watch(name, text, partial(by, value), labels=_LABELS, kind="counter")
+    for name, value in _LATENCIES:
+        platform.metrics.watch(name, "Of all spans ever.", partial(by, value), labels=_LABELS)

@@ -117,7 +117,9 @@ async def command(
         raise InvalidArgument("--otlp-grpc is for the tool otlp, which is not among the chosen ones")
     made: dict[str, Tool] = {}
     for name in chosen:
-        options = {"grpc_listen": otlp_grpc} if name == "otlp" else {}
+        options: dict[str, Any] = {"grpc_listen": otlp_grpc} if name == "otlp" else {}
+        if name == "tokentrace":
+            options["settings"] = settings
         try:
             made[name] = _load(TOOLS[name][0])(lambda name=name: store_path(session.url, name, store), **options)
         except InvalidArgument as exc:

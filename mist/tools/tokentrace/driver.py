@@ -53,4 +53,7 @@ class Driver(Protocol):
     def scrub(self) -> None:
         """Make deleted values unreadable in the database's files, as far as the database can. Outside a transaction."""
 
+    def interrupt(self) -> None:
+        """Make the statement that runs now fail; called from another thread."""
+
     def close(self) -> None: ...

@@ -184,6 +184,9 @@ class PostgresDriver:
         with self._translated():
             self._db.execute("VACUUM spans")
 
+    def interrupt(self) -> None:
+        self._db.cancel()
+
     def close(self) -> None:
         self._db.close()
 

@@ -33,8 +33,8 @@ def bucket(value: float) -> int:
 
 
 def estimate(index: int) -> float:
-    """The value a bucket answers with."""
-    return 0.0 if index == ZERO else 2 * GAMMA**index / (GAMMA + 1)
+    """The value a bucket answers with, to six digits: more would only look exact."""
+    return 0.0 if index == ZERO else float(f"{2 * GAMMA**index / (GAMMA + 1):.6g}")
 
 
 def merge(into: Sketch, other: Sketch, sign: int = 1) -> None:

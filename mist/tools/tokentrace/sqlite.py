@@ -136,6 +136,9 @@ class SqliteDriver:
             # the pages of before lie in the log until it begins anew
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def interrupt(self) -> None:
+        self._db.interrupt()
+
     def close(self) -> None:
         self._db.close()
 

@@ -137,6 +137,10 @@ class Store:
     def close(self) -> None:
         self._db.close()
 
+    def interrupt(self) -> None:
+        """Make the statement that runs in another thread fail. The one thing that may be called from outside."""
+        self._db.interrupt()
+
     def __enter__(self) -> Self:
         return self
 

@@ -45,3 +45,8 @@ def _walk(
         for i, kid in reversed(list(enumerate(kids))):
             last = i == len(kids) - 1
             stack.append((kid, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  ")))
+
+
+def depths(spans: Sequence[StoredSpan]) -> dict[str, int]:
+    """Span id -> how many known parents are above it."""
+    return {span.span_id: len(drawn) // 3 for drawn, span in tree(spans)}
