@@ -1,13 +1,12 @@
 """A directory of a development server: held by one server at a time, and known to others while it is.
 
-The lock is an flock on `mist-dev.lock` whose descriptor the server inherits: it is held exactly as long as the server
+The lock is `mist-dev.lock`, whose descriptor the server inherits: it is held exactly as long as the server
 lives, also when the `mist dev` that started it was killed, and no stale file can claim the directory. What the file says
 (which server, where) is written under the lock and believed only while somebody holds it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -22,13 +21,12 @@ from msgspec import Struct
 
 from mist.cli._tools import state_home
 from mist.errors import Locked, NotFound, Refused, TimedOut
+from mist.kit.lock import FileLock, is_held
 
 LOCK = "mist-dev.lock"
 STOP_S = 10.0
 START_S = 30.0
 """How long a directory may be held without saying by whom: the server is being started."""
-PEEK_S = 0.2
-"""Somebody who looks whether it is held (`taken`) holds it for a moment: not a reason to give up."""
 _POLL_S = 0.02
 
 
@@ -59,32 +57,21 @@ def fresh(server: str) -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[int]:
-    """Hold the directory (made if absent); gives the descriptor for the server to inherit. Raises Locked, naming the
+def held(folder: Path) -> Iterator[FileLock]:
+    """Hold the directory (made if absent); the server is to inherit the lock's descriptor. Raises Locked, naming the
     holder, when somebody does already."""
+    lock = FileLock(folder / LOCK)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise Refused(f"{folder}: {exc.strerror or exc}", hint="name a directory with --dir") from exc
+        lock.acquire()
+    except Locked:
+        raise _locked(folder) from None
+    except Refused as exc:
+        raise Refused(exc.message, hint="name a directory with --dir") from exc
     try:
-        until = time.monotonic() + PEEK_S
-        while not _lock(descriptor):
-            if time.monotonic() > until:
-                raise _locked(folder)
-            time.sleep(_POLL_S)
-        os.ftruncate(descriptor, 0)  # who held it before is nobody's business now
-        yield descriptor
+        lock.note(b"")  # not we hold it, but the server that is about to start
+        yield lock
     finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        lock.release()
 
 
 def _locked(folder: Path) -> Locked:
@@ -102,11 +89,9 @@ def stop_command(folder: Path) -> str:
     return f"mist dev stop {folder.name}" if folder.parent == root() else f"mist dev stop --dir {folder}"
 
 
-def say(descriptor: int, holder: Held) -> None:
+def say(lock: FileLock, holder: Held) -> None:
     """Write down who holds it, for others."""
-    data = msgspec.json.encode(holder)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, data, 0)
+    lock.note(msgspec.json.encode(holder))
 
 
 def said(folder: Path) -> Held | None:
@@ -119,14 +104,7 @@ def said(folder: Path) -> Held | None:
 
 def taken(folder: Path) -> bool:
     """Whether a server lives there."""
-    try:
-        with (folder / LOCK).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
+    return is_held(folder / LOCK)
 
 
 def directories() -> list[Path]:

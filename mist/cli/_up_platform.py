@@ -20,6 +20,7 @@ from typing import Any
 from mist import __version__
 from mist.broker.base import Broker, Stream, StreamConfig
 from mist.errors import Unavailable
+from mist.kit import resource
 from mist.kit.health import Health
 from mist.kit.lifecycle import DRAIN_S, Lifecycle, Say, Unit
 from mist.kit.metrics import Metrics
@@ -93,6 +94,7 @@ class Running:
 
     def _measure(self) -> None:
         metrics = self.metrics
+        resource.watch(metrics)
         self._requests = metrics.counter("mist_http_requests_total", "Requests.", ("method", "route", "status"))
         self._seconds = metrics.histogram("mist_http_request_seconds", "Until the answer was sent.", ("route",))
         metrics.watch(

@@ -143,16 +143,16 @@ async def _serve(server: str, dir: str, port: int | None, fresh: bool, detach: b
         if fresh:
             stack.callback(place.remove, folder)
         before = place.said(folder)
-        descriptor = stack.enter_context(place.held(folder))
+        lock = stack.enter_context(place.held(folder))
         local = _made(server, folder, port, before)
-        local.inherited = (descriptor,)
+        local.inherited = (lock.fileno(),)
         try:
             await asyncio.to_thread(local.start)
             monitor = getattr(local, "monitor_port", 0)
             document: dict[str, Any] = {
                 "server": local.name, "url": local.url, "port": local.port, "pid": local.pid, "directory": str(folder),
             }  # fmt: skip
-            place.say(descriptor, place.Held(**document, monitor_port=monitor, fresh=fresh))
+            place.say(lock, place.Held(**document, monitor_port=monitor, fresh=fresh))
             out.value(local.url, document)
             out.flush()
             _explain(local, document["pid"], folder, detach, place.stop_command(folder))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 import sys
-import time
 from collections.abc import Iterator
 from typing import Annotated, BinaryIO
 
@@ -17,6 +16,7 @@ from mist.cli.options import OptionGroup, Rate, StreamArg
 from mist.cli.render import seq
 from mist.cli.session import Session, current
 from mist.errors import InvalidArgument, Malformed, MistError, TooLarge
+from mist.kit.parallel import RateLimiter
 from mist.protocol import codec
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.screen import screen
@@ -86,14 +86,14 @@ async def command(
     subject = check_subject(fields.subject or subject_for(fields.type))
     first = _message(fields, payload, subject)
     target = await session.stream(stream, create=True)
-    pace = Pace(rate)
+    pace = RateLimiter(rate or math.inf, burst=1)
     sequences: list[int] = []
     step = BATCH if rate is None else max(1, min(BATCH, int(rate // 10)))
     with session.out.progress("publishing", repeat) as progress:
         while len(sequences) < repeat:
             part = min(step, repeat - len(sequences))
             messages = [first if repeat == 1 else _message(fields, payload, subject) for _ in range(part)]
-            await pace.wait(part)
+            await pace.take(part)
             try:
                 sequences.extend(await target.append(messages))
             except BaseException:
@@ -155,34 +155,17 @@ def _message(fields: Fields, payload: Raw, subject: str) -> Message:
     return Message(subject, data, env.id)
 
 
-class Pace:
-    """At most `rate` a second, evenly."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate = rate
-        self._start = time.monotonic()
-        self._sent = 0
-
-    async def wait(self, count: int) -> None:
-        if self._rate is None:
-            return
-        early = self._start + self._sent / self._rate - time.monotonic()
-        self._sent += count
-        if early > 0:
-            await asyncio.sleep(early)
-
-
 async def _publish_lines(session: Session, target: Stream, rate: float | None) -> None:
     known = (await target.info()).last
     published = repeated = invalid = first = 0
-    pace = Pace(rate)
+    pace = RateLimiter(rate or math.inf, burst=1)
     step = BATCH if rate is None else max(1, min(BATCH, int(rate // 10)))
     with session.out.progress("publishing") as progress:
         for batch, bad in _batches(session, _stdin(session), step):
             invalid += bad
             if not batch:
                 continue
-            await pace.wait(len(batch))
+            await pace.take(len(batch))
             for sequence in await target.append(batch):
                 if sequence > known:
                     known = sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from mist.cli.options import Rate
-from mist.cli.pub import Pace
 from mist.cli.session import Session, current
 from mist.cli.transfer import patience, reach
 from mist.errors import EndOfStream, InvalidArgument, ProtocolError, TooLarge
+from mist.kit.parallel import RateLimiter
 from mist.protocol.url import Url, has_scheme, parse_url
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ async def command(
     receives, sends = (_waiting(session, url) for url in (source, target))
     names = f"{source.redacted()} to {target.redacted()}"
     relayed = refused = 0
-    pace = Pace(rate)
+    pace = RateLimiter(rate or math.inf, burst=1)
     session.out.detail(f"relaying {names}")
     try:
         async with (
@@ -95,7 +96,7 @@ async def command(
                         session.out.warn(f"passed over: {exc.message}")
                         refused += 1
                         continue
-                    await pace.wait(len(found))
+                    await pace.take(len(found))
                     # repeated with the same ids: a stream stores them once, others may get them again
                     await sends(lambda found=found: sending.send_many(found))  # type: ignore[misc]
                     relayed += len(found)

@@ -19,9 +19,11 @@ from mist.cli.session import current
 from mist.cli.wrap import noun
 from mist.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, Unsupported
 from mist.kit.duration import parse_duration
+from mist.kit.parallel import Pool
 from mist.protocol.subject import check_stream, dead_stream
 
 app = noun("Streams of a broker.")
+ASK_AT_ONCE = 8
 DAMAGED = 8
 DIFFERENT = 10
 _SIZES = {"": 1, "b": 1, "k": 1024, "kib": 1024, "kb": 1000, "m": 1024**2, "mib": 1024**2, "mb": 1000**2,
@@ -71,14 +73,18 @@ async def ls() -> None:
     """
     session = current()
     broker = await session.connect()
-    rows = []
-    for name in await broker.streams():
+
+    async def row(name: str) -> dict[str, Any] | None:
         try:
-            rows.append(shape(await (await broker.open(name, create=False)).info()))
+            return shape(await (await broker.open(name, create=False)).info())
         except NotFound:
-            continue  # deleted between the two questions
+            return None  # deleted between the two questions
+
+    found = await Pool(ASK_AT_ONCE).map(row, await broker.streams())
     session.out.rows(
-        rows, ["name", "records", "first", "last", "bytes", "durability"], empty=f"no streams in {broker.url}"
+        [row for row in found if row is not None],
+        ["name", "records", "first", "last", "bytes", "durability"],
+        empty=f"no streams in {broker.url}",
     )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -38,6 +39,7 @@ from mist.cli.render import Progress, seq
 from mist.cli.scan import PAGE, PARTIAL, Scan
 from mist.cli.session import REACH_S, Session
 from mist.errors import Conflict, InvalidArgument, Malformed, MistError, SequenceExpired, WrongIncarnation
+from mist.kit.parallel import RateLimiter
 from mist.protocol.envelope import Envelope
 from mist.protocol.url import Url, parse_url, redact
 
@@ -479,17 +481,14 @@ class Transfer:
 
     async def run(self, progress: Progress) -> None:
         """Move everything the scan gives. The place is saved twice a second, at the end, and when interrupted."""
-        begun = time.monotonic()
+        pace = RateLimiter(self._rate or math.inf, burst=1)
         self._unsaved = self.position
         await self._save()  # before anything is stored: a run that is killed at once must find its tail too
         try:
             async for records, position in self._pages():
                 for at in range(0, len(records), self._step()):
                     part = records[at : at + self._step()]
-                    if self._rate is not None:
-                        early = begun + self.moved / self._rate - time.monotonic()
-                        if early > 0:
-                            await asyncio.sleep(early)
+                    await pace.take(len(part))
                     await self._sink.put(part)
                     self.moved += len(part)
                     self.last_time_ns = part[-1].timestamp_ns

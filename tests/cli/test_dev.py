@@ -204,14 +204,14 @@ def test_without_the_server_there_is_an_install_line(cli: Cli, monkeypatch: pyte
 
 def test_no_signal_goes_to_a_stranger(tmp_path: Path) -> None:
     """A pid in the file that does not hold the directory is not killed."""
-    with place.held(tmp_path) as descriptor:
+    with place.held(tmp_path) as lock:
         stranger = subprocess.Popen(["sleep", "60"])
         try:
-            place.say(descriptor, place.Held(server="x", url="", port=1, pid=stranger.pid, directory=str(tmp_path)))
+            place.say(lock, place.Held(server="x", url="", port=1, pid=stranger.pid, directory=str(tmp_path)))
             with pytest.raises(place.Locked, match="another process"):
                 place.stop(tmp_path)
             assert stranger.poll() is None
-            place.say(descriptor, place.Held(server="x", url="", port=1, pid=0, directory=str(tmp_path)))
+            place.say(lock, place.Held(server="x", url="", port=1, pid=0, directory=str(tmp_path)))
         finally:
             stranger.kill()
             stranger.wait()
