@@ -97,14 +97,23 @@ class TraceSpan(Struct, frozen=True, omit_defaults=True, gc=False):
     attrs: dict[str, Any] = {}
 
 
-class TraceAlert(Struct, frozen=True):
-    """`level` is `warning` or `critical`."""
+class TraceAlert(Struct, frozen=True, omit_defaults=True):
+    """`level` is `warning` or `critical`. `value` is null where an alert is about there being no data. What follows
+    `message` is ours and optional: the rule's `name`; `state`, `firing` or `resolved`; what the spans were told apart by;
+    the window; how many spans the value is made of; since when the episode runs; one `dedup_key` for rule and group."""
 
-    level: str = ""
-    metric: str = ""
-    value: float = 0.0
-    threshold: float = 0.0
-    message: str = ""
+    level: str = always(str)
+    metric: str = always(str)
+    value: float | None = always(float)
+    threshold: float = always(float)
+    message: str = always(str)
+    name: str = ""
+    state: str = ""
+    group: dict[str, str] = {}
+    window_s: float = 0.0
+    samples: Int64 = 0
+    since_ns: Int64 = 0
+    dedup_key: str = ""
 
 
 class DataEntities(Struct, frozen=True, omit_defaults=True):
