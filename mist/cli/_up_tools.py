@@ -7,7 +7,9 @@ from pathlib import Path
 
 from mist.cli._up_platform import Platform, Tool
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
+from mist.tools.tokentrace.alerts.rules import Rule
 from mist.tools.tokentrace.ingest import Progress, ingest, start
+from mist.tools.tokentrace.intake import Intake
 from mist.tools.tokentrace.store import Store
 from mist.transport import server
 
@@ -16,7 +18,7 @@ OTLP_REFUSED = ("/v1/metrics", "/v1/logs")
 """Doors that only say why nothing is taken there."""
 
 
-def door(store: Callable[[], Path]) -> Tool:
+def door(store: Callable[[], Path], *, intake: Intake) -> Tool:
     """`POST /mist`: envelopes into the stream; 202 when they are as durable as the stream promises. A `health.ping` is
     answered with a `health.pong` instead."""
 
@@ -32,15 +34,15 @@ def door(store: Callable[[], Path]) -> Tool:
             accepted += len(envelopes)
             return sequences
 
-        platform.facts = lambda: {"accepted": accepted}
-        platform.doors[DOOR] = server.ingest(counted, path=DOOR, reply=platform.reply)
+        platform.facts = lambda: {"accepted": accepted, **intake.facts()}
+        platform.doors[DOOR] = server.ingest(intake.before(counted), path=DOOR, reply=platform.reply)
         platform.ready.set()
         await platform.stop.wait()
 
     return run
 
 
-def otlp(store: Callable[[], Path], *, grpc_listen: str = "") -> Tool:
+def otlp(store: Callable[[], Path], *, intake: Intake, grpc_listen: str = "") -> Tool:
     """OpenTelemetry's spans into the stream: `POST /v1/traces`, and gRPC where an address is given."""
 
     from mist.tools.tokentrace.otlp.receive import PATH, Receiver, span_sink
@@ -48,7 +50,7 @@ def otlp(store: Callable[[], Path], *, grpc_listen: str = "") -> Tool:
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
         limits = server.Limits(size_bytes_max=min(SIZE_BYTES_MAX, stream.size_bytes_max))
-        sink = span_sink(stream)
+        sink = intake.before(span_sink(stream))
         receiver = Receiver(sink, limits)
         platform.doors |= dict.fromkeys((PATH, *OTLP_REFUSED), receiver)
         if not grpc_listen:
@@ -83,5 +85,29 @@ def tokentrace(store: Callable[[], Path]) -> Tool:
             }  # fmt: skip
             platform.ready.set()
             await ingest(platform.broker, stream, opened, stop=platform.stop, on_event=platform.say, progress=progress)
+
+    return run
+
+
+def alerts(store: Callable[[], Path], *, rules: Sequence[Rule]) -> Tool:
+    """The alert rules of the settings, over the store; alerts go into the stream and to webhooks. Without rules it waits."""
+
+    from mist.tools.tokentrace.alerts.service import Alerts, watch
+
+    path = store() if rules else None
+
+    async def run(platform: Platform) -> None:
+        def started(running: Alerts) -> None:
+            platform.facts = running.facts
+            platform.ready.set()
+
+        if path is None:
+            platform.facts = lambda: {"rules": 0}
+            platform.ready.set()
+            await platform.stop.wait()
+            return
+        append = server.stream_sink(await platform.stream())
+        with Store.open(path) as opened:
+            await watch(opened, append, rules, stop=platform.stop, on_event=platform.say, on_start=started)
 
     return run

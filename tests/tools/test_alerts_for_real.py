@@ -22,7 +22,7 @@ from mist.protocol.envelope import Envelope
 from mist.tools.tokentrace.alerts import control
 from mist.tools.tokentrace.alerts.measure import measure
 from mist.tools.tokentrace.alerts.rules import rules_of
-from mist.tools.tokentrace.alerts.service import Alerts, run
+from mist.tools.tokentrace.alerts.service import Alerts, watch
 from mist.tools.tokentrace.alerts.webhook import HttpPost, verify
 from mist.tools.tokentrace.ingest import ingest
 from mist.tools.tokentrace.store import Store
@@ -91,7 +91,7 @@ def test_once_for_real(tmp_path: Path, receiver: tuple[str, subprocess.Popen[str
                 last = await feed(stream, range(9), "error")
                 await ingest(broker, stream, ingested, until=last)
                 task = asyncio.create_task(
-                    run(watched, stream_sink(stream), rules, stop=stop, env=env, on_start=running.append)
+                    watch(watched, stream_sink(stream), rules, stop=stop, env=env, on_start=running.append)
                 )
                 fired = await asyncio.to_thread(hook)
                 assert verify(fired["headers"], fired["body"].encode(), SECRET, now_s=time.time()) != ""

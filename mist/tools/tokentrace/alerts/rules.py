@@ -31,6 +31,7 @@ from mist.errors import InvalidArgument
 from mist.protocol.url import redact
 from mist.quantities import Duration
 from mist.tools.tokentrace.alerts.measure import ALIASES, METRICS, metric
+from mist.tools.tokentrace.settings import TokenTraceSettings
 from mist.tools.tokentrace.stats import GROUPS
 from mist.tools.tokentrace.where import ATTRS_MAX, check_key
 
@@ -110,7 +111,7 @@ class Rule(Struct, frozen=True, kw_only=True):
         return "warning" if "warning" in self.thresholds else "critical"
 
 
-def load_rules(path: Path, *, env: Mapping[str, str] = os.environ) -> tuple[Rule, ...]:
+def load_rules(path: Path, *, env: Mapping[str, str] | None = os.environ) -> tuple[Rule, ...]:
     """The rules of a TOML file. Raises InvalidArgument (with file, rule and key) and NotFound."""
     layer = file_layer(path)
     rules = rules_of(layer.values, layer.origin, env=env)
@@ -119,8 +120,11 @@ def load_rules(path: Path, *, env: Mapping[str, str] = os.environ) -> tuple[Rule
     return rules
 
 
-def rules_of(document: Mapping[str, Any], origin: str, *, env: Mapping[str, str] = os.environ) -> tuple[Rule, ...]:
-    """The rules of a TOML document that was read already; none is fine. `origin` names it in errors."""
+def rules_of(
+    document: Mapping[str, Any], origin: str, *, env: Mapping[str, str] | None = os.environ
+) -> tuple[Rule, ...]:
+    """The rules of a TOML document that was read already; none is fine. `origin` names it in errors. `env` None = do not
+    ask for the variables that the rules name."""
     ours = document.get("tokentrace", {})
     ours = ours if isinstance(ours, Mapping) else {}
     cooldown_s = COOLDOWN_S
@@ -145,6 +149,25 @@ def rules_of(document: Mapping[str, Any], origin: str, *, env: Mapping[str, str]
     if len(out) > RULES_MAX:
         raise InvalidArgument(f"{origin}: {len(out)} alerts (max {RULES_MAX})")
     return tuple(out.values())
+
+
+def configured(
+    settings: TokenTraceSettings, env: Mapping[str, str] | None = os.environ, *, origin: str = "mist.toml"
+) -> tuple[Rule, ...]:
+    """The rules of the settings and of the file they name. `env` None = only check what stands in the settings."""
+    tables = {
+        "alerts": settings.alerts,
+        "alert_rules": settings.alert_rules,
+        "alert_cooldown": float(settings.alert_cooldown),
+    }
+    rules = rules_of({"tokentrace": tables}, origin, env=env)
+    if not settings.alerts_file or env is None:
+        return rules
+    more = load_rules(Path(settings.alerts_file), env=env)
+    both = {rule.name for rule in rules} & {rule.name for rule in more}
+    if both:
+        raise InvalidArgument(f"{settings.alerts_file}: alert {min(both)!r}: name: {origin} has one of that name too")
+    return (*rules, *more)
 
 
 class _Table(Struct, forbid_unknown_fields=True, rename={"for_": "for"}):
@@ -186,7 +209,7 @@ class _Delivery(Struct, forbid_unknown_fields=True):
     timeout_s: float | None = None
 
 
-def _rule(table: Any, place: str, origin: str, cooldown_s: float, seeds: bool, env: Mapping[str, str]) -> Rule:
+def _rule(table: Any, place: str, origin: str, cooldown_s: float, seeds: bool, env: Mapping[str, str] | None) -> Rule:
     if not isinstance(table, Mapping):
         raise InvalidArgument(f"{place}: is a table")
     named = table.get("name")
@@ -336,7 +359,9 @@ def _moment(value: Any, at: str) -> int:
     return round(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 1_000_000_000
 
 
-def _targets(given: dict[str, Any] | list[dict[str, Any]], at: str, env: Mapping[str, str]) -> tuple[Target, ...]:
+def _targets(
+    given: dict[str, Any] | list[dict[str, Any]], at: str, env: Mapping[str, str] | None
+) -> tuple[Target, ...]:
     tables = [given] if isinstance(given, dict) else given
     if len(tables) > TARGETS_MAX:
         raise InvalidArgument(f"{at}: delivery: {len(tables)} of them (max {TARGETS_MAX})")
@@ -346,7 +371,7 @@ def _targets(given: dict[str, Any] | list[dict[str, Any]], at: str, env: Mapping
     return targets
 
 
-def _target(table: dict[str, Any], at: str, env: Mapping[str, str]) -> Target:
+def _target(table: dict[str, Any], at: str, env: Mapping[str, str] | None) -> Target:
     raw: _Delivery = _convert(table, _Delivery, at)
     if raw.type != "http":
         raise InvalidArgument(f"{at}: type: {raw.type[:20]!r} is not delivered", hint="http; the stream has them all")
@@ -354,8 +379,11 @@ def _target(table: dict[str, Any], at: str, env: Mapping[str, str]) -> Target:
         raise InvalidArgument(f"{at}: url: either url or url_env says where to")
     variables = [("url_env", raw.url_env), ("secret_env", raw.secret_env)]
     variables += [(f"headers_env.{key}", value) for key, value in raw.headers_env.items()]
+    named = {variable for key, variable in variables if variable or key.startswith("headers_env")}
+    if env is None:
+        env = dict.fromkeys(named, "http://unknown")
     for key, variable in variables:
-        if (variable or key.startswith("headers_env")) and not env.get(variable):
+        if variable in named and not env.get(variable):
             raise InvalidArgument(f"{at}: {key}: the environment variable {variable[:60]} is not set")
     check_url(raw.url or env[raw.url_env], f"{at}: {'url' if raw.url else 'url_env'}")
     both = {k.lower() for k in raw.headers} & {k.lower() for k in raw.headers_env}

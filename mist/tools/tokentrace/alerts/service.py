@@ -6,7 +6,7 @@ stream's dedupe window (two minutes by default) makes one; a webhook is delivere
 of 400 to 499 but 408 and 429, or a redirect) is given up at once and counted, anything else is tried again with full jitter, also
 over restarts. An error that is worth waiting for costs a period, not the service.
 Does not: share its open store with others (ingest and questions open their own), or one database among several loops: run
-one `run` for each.
+one `watch` for each.
 """
 
 from __future__ import annotations
@@ -145,11 +145,13 @@ class Alerts:
                     raise end
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop`: what is in hand is finished. Raises errors that waiting does not mend."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._again(self._evaluating, stop))
-            if any(rule.targets for rule in self._rules) or (await self._load()).outbox:
+        """Until `stop`: what is in hand is finished. Raises the first error that waiting does not mend."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._again(self._evaluating, stop))
                 group.create_task(self._again(self._delivering, stop))
+        except ExceptionGroup as ended:
+            raise ended.exceptions[0] from ended
 
     # the two loops
 
@@ -250,7 +252,7 @@ class Alerts:
         raise MistError("the rule delivers there no more", retryable=False)
 
 
-async def run(
+async def watch(
     store: Store,
     append: Append,
     rules: Sequence[Rule],
