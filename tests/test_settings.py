@@ -13,7 +13,8 @@ from mist.cli.settings import TEMPLATE, Settings
 from mist.config import Layer, MistConfig, env_layers, load_config, merge, shown, toml_layer, unknown_variables
 from mist.errors import InvalidArgument
 from mist.quantities import Duration, Size
-from mist.tools.tokentrace.settings import SeedRule, TokenTraceSettings
+from mist.tools.tokentrace.alerts.rules import configured
+from mist.tools.tokentrace.settings import TokenTraceSettings
 
 
 def table(text: str) -> TokenTraceSettings:
@@ -37,7 +38,9 @@ def test_defaults_are_what_the_template_says() -> None:
     """The template names every setting; uncommented it is valid and changes nothing but the example rule."""
     text = "\n".join(line.removeprefix("# ") for line in TEMPLATE.splitlines()[2:])
     got = merge(Settings, [toml_layer(text.encode(), "template")])
-    assert got.value.tokentrace.alert_rules == (SeedRule(metric="error_rate", op=">", threshold=0.1),)
+    assert got.value.tokentrace.alert_rules == (
+        {"metric": "error_rate", "op": ">", "threshold": 0.1, "level": "warning"},
+    )
     assert shown(Settings()) == {**shown(got.value), "tokentrace": {**shown(got.value.tokentrace), "alert_rules": []}}
     assert {k for k, v in got.origins.items() if v == "default"} == set()
 
@@ -51,8 +54,8 @@ def test_unknown_keys_are_refused_with_a_hint() -> None:
         assert hint in refused.value.hint
     with pytest.raises(InvalidArgument, match="same setting"):
         table('addr = ":1"\nlisten = ":2"')
-    with pytest.raises(InvalidArgument, match="unknown field"):
-        table("[[tokentrace.alert_rules]]\nmetric = 'm'\nop = '>'\nthreshold = 1\nwindow = '1h'")
+    with pytest.raises(InvalidArgument, match=r"alert_rules 1: unknown key 'windw'.*'window'"):
+        table("[[tokentrace.alert_rules]]\nmetric = 'error_rate'\nop = '>'\nthreshold = 1\nwindw = '1h'")
 
 
 def test_keys_of_the_seed() -> None:
@@ -63,8 +66,9 @@ def test_keys_of_the_seed() -> None:
         "[[tokentrace.alert_rules]]\nmetric = 'latency_p99'\nop = '<'\nthreshold = 1\n"
     )
     assert (got.listen, got.alert_cooldown) == (":8700", 600.0)
-    assert [(r.metric, r.op, r.threshold, r.level) for r in got.alert_rules] == [
-        ("error_rate", ">", 0.5, "critical"), ("latency_p99", "<", 1.0, "warning"),
+    rules = configured(got)
+    assert [(r.metric, r.op, r.thresholds, r.cooldown_s) for r in rules] == [
+        ("error_rate", ">", {"critical": 0.5}, 600), ("latency_p99", "<", {"warning": 1.0}, 600),
     ]  # fmt: skip
     for bad in ("alert_cooldown = 300", "[[tokentrace.alert_rules]]\nmetric = 'm'\nop = '!='\nthreshold = 1"):
         with pytest.raises(InvalidArgument):
@@ -74,7 +78,10 @@ def test_keys_of_the_seed() -> None:
 def test_what_cannot_be_right_is_refused() -> None:
     """Limits of zero, shares above one, names that name no stream."""
     for bad in (
-        "sample = 1.1",
+        "[tokentrace.sample]\nrate = 1.1",
+        "[tokentrace.sample]\nkeep = [{}]",
+        "[tokentrace.redact]\nrules = [{ name = 'x', pattern = '(a+)+b' }]",
+        "[[tokentrace.alerts]]\nname = 'x'\nmetric = 'error_rat'\nthreshold = 0.5",
         "stream = 'a.b'",
         "requests_max = 0",
         "body_bytes_max = 0",

@@ -10,10 +10,12 @@ from mist.cli._up_platform import Platform, Tool
 from mist.kit.prices import load_prices
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.url import redact
-from mist.tools.tokentrace.alerts.rules import load_rules
+from mist.tools.tokentrace.alerts.rules import Rule
+from mist.tools.tokentrace.intake import Intake
 from mist.tools.tokentrace.service import Limits, Service
 from mist.tools.tokentrace.settings import TokenTraceSettings
 from mist.tools.tokentrace.stats import Metrics
+from mist.tools.tokentrace.store import Store
 from mist.transport import server
 
 DOOR = "/mist"
@@ -21,7 +23,7 @@ OTLP_REFUSED = ("/v1/metrics", "/v1/logs")
 """Doors that only say why nothing is taken there."""
 
 
-def door(store: Callable[[], Path]) -> Tool:
+def door(store: Callable[[], Path], *, intake: Intake) -> Tool:
     """`POST /mist`: envelopes into the stream; 202 when they are as durable as the stream promises. A `health.ping` is
     answered with a `health.pong` instead."""
 
@@ -37,15 +39,15 @@ def door(store: Callable[[], Path]) -> Tool:
             accepted += len(envelopes)
             return sequences
 
-        platform.facts = lambda: {"accepted": accepted}
-        platform.doors[DOOR] = server.ingest(counted, path=DOOR, reply=platform.reply)
+        platform.facts = lambda: {"accepted": accepted, **intake.facts()}
+        platform.doors[DOOR] = server.ingest(intake.before(counted), path=DOOR, reply=platform.reply)
         platform.ready.set()
         await platform.stop.wait()
 
     return run
 
 
-def otlp(store: Callable[[], Path], *, grpc_listen: str = "") -> Tool:
+def otlp(store: Callable[[], Path], *, intake: Intake, grpc_listen: str = "") -> Tool:
     """OpenTelemetry's spans into the stream: `POST /v1/traces`, and gRPC where an address is given."""
 
     from mist.tools.tokentrace.otlp.receive import PATH, Receiver, span_sink
@@ -53,7 +55,7 @@ def otlp(store: Callable[[], Path], *, grpc_listen: str = "") -> Tool:
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
         limits = server.Limits(size_bytes_max=min(SIZE_BYTES_MAX, stream.size_bytes_max))
-        sink = span_sink(stream)
+        sink = intake.before(span_sink(stream))
         receiver = Receiver(sink, limits)
         platform.doors |= dict.fromkeys((PATH, *OTLP_REFUSED), receiver)
         if not grpc_listen:
@@ -74,12 +76,11 @@ def otlp(store: Callable[[], Path], *, grpc_listen: str = "") -> Tool:
 
 
 def tokentrace(store: Callable[[], Path | str], *, settings: TokenTraceSettings | None = None) -> Tool:
-    """Spans of the stream into the store, with totals, retention and alerts; and the questions of it over HTTP."""
+    """Spans of the stream into the store, within its limits; and the questions of it over HTTP."""
 
     place = store()
     settings = settings or TokenTraceSettings()
     prices = load_prices(Path(settings.prices)) if settings.prices else None
-    rules = load_rules(Path(settings.alerts)) if settings.alerts else ()
     limits = Limits(retain_s=float(settings.retain), retain_bytes=int(settings.retain_bytes))
 
     now: list[Service] = []
@@ -87,7 +88,7 @@ def tokentrace(store: Callable[[], Path | str], *, settings: TokenTraceSettings 
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
         service = Service(
-            place, prices=prices, limits=limits, rules=rules, prometheus=platform.metrics.pages()["/metrics"],
+            place, prices=prices, limits=limits, prometheus=platform.metrics.pages()["/metrics"],
             say=platform.say,
         )  # fmt: skip
         platform.facts = lambda: {"store": redact(str(place)), **service.facts()}
@@ -99,7 +100,7 @@ def tokentrace(store: Callable[[], Path | str], *, settings: TokenTraceSettings 
             platform.doors |= service.doors()
             platform.ready.set()
 
-        await service.run(platform.broker, stream, server.stream_sink(stream), platform.stop, ready=ready)
+        await service.run(platform.broker, stream, platform.stop, ready=ready)
 
     return run
 
@@ -130,3 +131,29 @@ def _measure(platform: Platform, totals: Callable[[], list[Metrics]]) -> None:
         platform.metrics.watch(name, text, partial(by, value), labels=_LABELS, kind="counter")
     for name, value in _LATENCIES:
         platform.metrics.watch(name, "Of all spans ever.", partial(by, value), labels=_LABELS)
+
+
+def alerts(store: Callable[[], Path | str], *, rules: Sequence[Rule]) -> Tool:
+    """The alert rules of the settings, over the store; alerts go into the stream and to webhooks. Without rules it waits."""
+
+    from mist.tools.tokentrace.alerts.api import AlertApi
+    from mist.tools.tokentrace.alerts.service import Alerts, watch
+
+    place = store()
+
+    async def run(platform: Platform) -> None:
+        def started(running: Alerts) -> None:
+            platform.facts = running.facts
+            platform.ready.set()
+
+        platform.doors |= AlertApi(place, rules).doors()
+        if not rules:
+            platform.facts = lambda: {"rules": 0}
+            platform.ready.set()
+            await platform.stop.wait()
+            return
+        append = server.stream_sink(await platform.stream())
+        with Store.open(place) as opened:
+            await watch(opened, append, rules, stop=platform.stop, on_event=platform.say, on_start=started)
+
+    return run

@@ -25,9 +25,13 @@ TOOLS: dict[str, tuple[str, str]] = {
     "door": ("mist.cli._up_tools:door", "POST /mist: envelopes into the stream, answered when they are stored"),
     "tokentrace": ("mist.cli._up_tools:tokentrace", "spans of the stream into the store of `mist trace`"),
     "otlp": ("mist.cli._up_tools:otlp", "POST /v1/traces, and gRPC: OpenTelemetry's spans into the stream"),
+    "alerts": ("mist.cli._up_tools:alerts", "the alert rules of mist.toml, over the store"),
 }
 """name -> (a function that takes `store()`, which gives the path of a store of that name, and returns a Tool; what it
 does). The tools of later issues are lines here."""
+
+STORES = {"alerts": "tokentrace"}
+"""Tools that work on another one's store."""
 
 LISTEN = "127.0.0.1:8080"
 """When neither the flag nor the settings say."""
@@ -103,6 +107,8 @@ async def command(
     from mist.cli import _up_platform
     from mist.cli._up_tools import OTLP_REFUSED
     from mist.kit.server import parse_address
+    from mist.tools.tokentrace.alerts.rules import configured
+    from mist.tools.tokentrace.intake import Intake
 
     session = current()
     out = session.out
@@ -115,13 +121,19 @@ async def command(
     host, port = parse_address(listen)
     if otlp_grpc and "otlp" not in chosen:
         raise InvalidArgument("--otlp-grpc is for the tool otlp, which is not among the chosen ones")
+    intake = Intake(settings.redact, settings.sample)  # one for all doors: they share its rates
+    options: dict[str, dict[str, Any]] = {
+        "door": {"intake": intake},
+        "otlp": {"intake": intake, "grpc_listen": otlp_grpc},
+        "tokentrace": {"settings": settings},
+        "alerts": {"rules": configured(settings) if "alerts" in chosen else ()},
+    }
     made: dict[str, Tool] = {}
     for name in chosen:
-        options: dict[str, Any] = {"grpc_listen": otlp_grpc} if name == "otlp" else {}
-        if name == "tokentrace":
-            options["settings"] = settings
         try:
-            made[name] = _load(TOOLS[name][0])(lambda name=name: store_path(session.url, name, store), **options)
+            made[name] = _load(TOOLS[name][0])(
+                lambda name=STORES.get(name, name): store_path(session.url, name, store), **options.get(name, {})
+            )
         except InvalidArgument as exc:
             if tools or otlp_grpc or name != "otlp":
                 raise

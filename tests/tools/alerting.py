@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mist.protocol.envelope import Envelope
-from mist.tools.tokentrace.alerts.measure import Figures
 from mist.tools.tokentrace.alerts.rules import Rule, rules_of
+from mist.tools.tokentrace.stats import Metrics, Summary
 
 HOOK = {"url": "http://hook.test/a"}
 
@@ -20,16 +20,34 @@ def rule(env: Mapping[str, str] | None = None, **keys: Any) -> Rule:
     return out
 
 
+MEASURES = ("latency_ms", "ttft_ms", "tokens_in", "tokens_out", "cost_usd", "score")
+
+
+def summary(known: int = 0, total: float | None = None, **percentiles: float) -> Summary:
+    figures = {p: percentiles.get(p) for p in ("p10", "p50", "p90", "p95", "p99")}
+    return Summary(known=known, total=total, avg=total / known if total is not None else None, **figures)
+
+
+def figures(
+    spans: int = 0, errors: int = 0, *, timeouts: int = 0, group: dict[str, str | None] | None = None, **more: Summary
+) -> Metrics:
+    """One row of figures; what is not said is unknown."""
+    return Metrics(
+        group=group or {}, at=None, spans=spans, errors=errors, timeouts=timeouts,
+        error_rate=errors / spans if spans else None, **{name: more.get(name, summary()) for name in MEASURES},
+    )  # fmt: skip
+
+
 class FakeStore:
-    """Figures are what the test says; states are bytes by name. `saves` counts, `full` makes it refuse."""
+    """Figures are what the test says; states are bytes by name. `fail` is raised."""
 
     def __init__(self) -> None:
-        self.now: list[Figures] = []
+        self.now: list[Metrics] = []
         self.asked: list[tuple[str, int, int]] = []
         self.states: dict[str, bytes] = {}
         self.fail: Exception | None = None
 
-    def figures(self, rule: Rule, since_ns: int, until_ns: int) -> Sequence[Figures]:
+    def measure(self, rule: Rule, since_ns: int, until_ns: int) -> Sequence[Metrics]:
         self.asked.append((rule.name, since_ns, until_ns))
         if self.fail is not None:
             raise self.fail

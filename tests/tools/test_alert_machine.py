@@ -184,5 +184,5 @@ class AgainstAModel(RuleBasedStateMachine):
             before = event
 
 
-AgainstAModel.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+AgainstAModel.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 TestAgainstAModel = AgainstAModel.TestCase

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mist.errors import InvalidArgument, NotFound
-from mist.tools.tokentrace.alerts.measure import METRICS, Amounts, Figures, read
+from mist.tools.tokentrace.alerts.measure import METRICS, read
 from mist.tools.tokentrace.alerts.rules import Filter, load_rules, rules_of
-from tests.tools.alerting import rule
+from tests.tools.alerting import figures, rule, summary
 
 FULL = """
 [[tokentrace.alerts]]
@@ -93,7 +93,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"filter": {"attrs": {"n": 1}}}, "filter: attrs"),
     ({"filter": {"attrs": {f"a{n}": "" for n in range(11)}}}, r"11 attributes \(max 10\)"),
     ({"window": 300}, "window: 300 has no unit.*window_s = 300"),
-    ({"window": "5 minutes"}, "window: not a duration"),
+    ({"window": "5 minutes"}, "window: .5 minutes. is no duration"),
     ({"window": "5m", "window_s": 300}, "window: window_s is given too"),
     ({"window": "30s"}, "window: 30 s is not between"),
     ({"window": "32d"}, "window: .* is not between"),
@@ -161,11 +161,11 @@ def test_two_rules_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_metrics_are_what_their_names_say() -> None:
     """Each metric against figures counted by hand."""
-    cost = Amounts(known=2, total=0.5, p95=0.4)
-    figures = Figures(
-        count=8, errors=2, timeouts=1, latency_ms=Amounts(known=4, total=400.0, p50=90.0, p95=200.0),
-        tokens_in=Amounts(known=3, total=300.0), tokens_out=Amounts(known=2, total=30.0), cost_usd=cost,
-        score=Amounts(known=1, total=0.7, p10=0.7),
+    cost = summary(known=2, total=0.5, p95=0.4)
+    row = figures(
+        spans=8, errors=2, timeouts=1, latency_ms=summary(known=4, total=400.0, p50=90.0, p95=200.0),
+        tokens_in=summary(known=3, total=300.0), tokens_out=summary(known=2, total=30.0), cost_usd=cost,
+        score=summary(known=1, total=0.7, p10=0.7),
     )  # fmt: skip
     expected = {
         "span_count": (8, 8), "error_count": (2, 8), "error_rate": (0.25, 8), "timeout_rate": (0.125, 8), "latency_avg": (100, 4),
@@ -174,17 +174,17 @@ def test_metrics_are_what_their_names_say() -> None:
     }  # fmt: skip
     for name, (value, samples) in expected.items():
         share = METRICS[name].share
-        (reading,) = read(rule(metric=name, threshold=0.5 if share else 10), [figures])
+        (reading,) = read(rule(metric=name, threshold=0.5 if share else 10), [row])
         assert (reading.value, reading.samples) == (value, samples), name
 
 
 def test_unknown_is_no_data_and_never_zero() -> None:
     """Without a known cost, or with fewer samples than asked for, there is no value. Only counts know about nothing."""
-    spans = Figures(count=5)
+    spans = figures(spans=5)
     assert read(rule(metric="total_cost_usd"), [spans])[0].value is None
     assert read(rule(metric="error_rate", min_samples=6), [spans])[0].value is None
     assert read(rule(metric="error_rate", min_samples=5), [spans])[0].value == 0
     for name, metric in METRICS.items():
-        (reading,) = read(rule(metric=name), [])
+        (reading,) = read(rule(metric=name), [figures()])
         assert (reading.value is not None) == metric.counts
     assert read(rule(group_by=["model"]), []) == []

@@ -13,14 +13,14 @@ from mist.errors import Internal, InvalidArgument, NotFound, RateLimited, Refuse
 from mist.protocol.payloads import TraceAlert
 from mist.testing.clock import FakeClock
 from mist.tools.tokentrace.alerts import control, engine
-from mist.tools.tokentrace.alerts.measure import Amounts, Figures
 from mist.tools.tokentrace.alerts.rules import Rule
-from mist.tools.tokentrace.alerts.service import Alerts, run
+from mist.tools.tokentrace.alerts.service import Alerts
 from mist.tools.tokentrace.alerts.webhook import sign, verify
-from tests.tools.alerting import HOOK, FakeStore, Receiver, Stream, rule
+from mist.tools.tokentrace.stats import Metrics
+from tests.tools.alerting import HOOK, FakeStore, Receiver, Stream, figures, rule, summary
 
-BAD = [Figures(count=10, errors=9)]
-GOOD = [Figures(count=10, errors=1)]
+BAD = [figures(spans=10, errors=9)]
+GOOD = [figures(spans=10, errors=1)]
 ENV = {"SECRET": "whsec_c2VjcmV0IGtleQ==", "TOKEN": "Bearer abc"}
 
 
@@ -37,11 +37,11 @@ class Scene:
     def restart(self, *rules: Rule) -> None:
         self.rules = rules or self.rules
         self.alerts = Alerts(
-            self.store, self.stream, self.rules, post=self.receiver, clock=self.clock, draw=lambda: 0.0, env=ENV,
+            self.store, self.store.measure, self.stream, self.rules, post=self.receiver, clock=self.clock, draw=lambda: 0.0, env=ENV,
             on_event=self.said.append,
         )  # fmt: skip
 
-    async def turn(self, figures: Sequence[Figures] | None = None, seconds: float = 30) -> None:
+    async def turn(self, figures: Sequence[Metrics] | None = None, seconds: float = 30) -> None:
         """Time passes, the figures are these, everything due is done."""
         self.clock.advance(seconds)
         if figures is not None:
@@ -313,7 +313,7 @@ async def test_the_outbox_is_bounded() -> None:
 async def test_groups_have_their_own_states() -> None:
     """One model fires, the other does not; a model without spans is forgotten, a firing one is resolved first."""
     scene = Scene(rule(group_by=["model"], no_data="ok"))
-    bad, good = Figures(group=("m1",), count=4, errors=4), Figures(group=("m2",), count=4)
+    bad, good = figures(group={"model": "m1"}, spans=4, errors=4), figures(group={"model": "m2"}, spans=4)
     await scene.turn([bad, good])
     assert [(a.group, a.state) for a in map(scene.alert, range(1))] == [({"model": "m1"}, "firing")]
     (status,) = control.list_alerts(scene.store, scene.rules, now_ns=scene.clock.time_ns())
@@ -331,10 +331,10 @@ async def test_a_group_that_disappears_counts_zero_spans() -> None:
     """`span_count < 1` by model: known once, missed later. Nobody can miss what was never seen."""
     scene = Scene(rule(metric="span_count", op="<", threshold=1, group_by=["model"]))
     await scene.turn([])
-    await scene.turn([Figures(group=("m1",), count=4)])
+    await scene.turn([figures(group={"model": "m1"}, spans=4)])
     assert scene.stream.said == []
     await scene.turn([])
-    await scene.turn([Figures(group=("m1",), count=1)])
+    await scene.turn([figures(group={"model": "m1"}, spans=1)])
     assert scene.stream.said == [("firing", "warning"), ("resolved", "warning")]
     assert scene.alert(0).value == 0
 
@@ -343,7 +343,7 @@ async def test_a_group_that_disappears_counts_zero_spans() -> None:
 async def test_groups_are_bounded() -> None:
     """A thousand groups, the largest first; the rest is counted."""
     scene = Scene(rule(group_by=["model"], no_data="alert"))
-    await scene.turn([Figures(group=(f"m{n}",), count=n + 1) for n in range(engine.GROUPS_MAX + 3)])
+    await scene.turn([figures(group={"model": f"m{n}"}, spans=n + 1) for n in range(engine.GROUPS_MAX + 3)])
     (status,) = control.list_alerts(scene.store, scene.rules, now_ns=scene.clock.time_ns())
     assert len(status.groups) == engine.GROUPS_MAX
     assert {"model": "m0"} not in [g.group for g in status.groups]
@@ -354,11 +354,11 @@ async def test_groups_are_bounded() -> None:
 async def test_cost_is_of_the_window_and_unknown_is_no_data() -> None:
     """Spans without a known cost do not resolve an alert with `keep`; and never count as free."""
     scene = Scene(rule(metric="total_cost_usd", threshold=1, no_data="keep"))
-    await scene.turn([Figures(count=5, cost_usd=Amounts(known=5, total=2.0))])
-    await scene.turn([Figures(count=5)])
+    await scene.turn([figures(spans=5, cost_usd=summary(known=5, total=2.0))])
+    await scene.turn([figures(spans=5)])
     assert scene.stream.said == [("firing", "warning")]
     cheap = Scene(rule(metric="total_cost_usd", op="<", threshold=1))
-    await cheap.turn([Figures(count=5)])
+    await cheap.turn([figures(spans=5)])
     assert cheap.stream.said == []
 
 
@@ -385,12 +385,30 @@ async def test_a_rule_that_is_gone_is_resolved() -> None:
 
 
 @scenario
+async def test_a_rule_that_cannot_be_measured_does_not_stop_the_others() -> None:
+    """Too many groups for the store: said and counted, the next rule is evaluated."""
+    scene = Scene(rule(), rule(name="other"))
+    measure = scene.store.measure
+
+    def refuse(asked: Rule, since_ns: int, until_ns: int) -> Sequence[Metrics]:
+        if asked.name == "r":
+            raise InvalidArgument("more than 10000 groups")
+        return measure(asked, since_ns, until_ns)
+
+    scene.alerts._measure = refuse
+    await scene.turn(BAD)
+    assert [scene.alert(n).name for n in range(len(scene.stream.said))] == ["other"]
+    assert scene.alerts.facts()["failed"] == 1
+    assert "alert 'r': cannot be measured" in scene.said[0]
+
+
+@scenario
 async def test_another_group_by_ends_the_old_groups() -> None:
     """They cannot come back; their resolved names them as they were."""
     scene = Scene(rule(group_by=["model"]))
-    await scene.turn([Figures(group=("m1",), count=4, errors=4)])
+    await scene.turn([figures(group={"model": "m1"}, spans=4, errors=4)])
     scene.restart(rule(group_by=["provider"]))
-    await scene.turn([Figures(group=("p1",), count=4)])
+    await scene.turn([figures(group={"provider": "p1"}, spans=4)])
     assert scene.stream.said == [("firing", "warning"), ("resolved", "warning")]
     assert scene.alert().group == {"model": "m1"}
 
@@ -429,12 +447,14 @@ async def test_the_loop_waits_out_what_is_worth_it_and_raises_the_rest() -> None
         if len(said) == 1:
             asyncio.get_running_loop().call_soon(stop.set)
 
-    await run(store, Stream(), [rule()], stop=stop, on_event=hear)
+    def alerts() -> Alerts:
+        return Alerts(store, store.measure, Stream(), [rule()], on_event=hear)
+
+    await alerts().run(stop)
     assert "locked; trying again" in said[0]
     store.fail = Internal("broken")
-    with pytest.raises(ExceptionGroup) as caught:
-        await run(store, Stream(), [rule()], stop=asyncio.Event())
-    assert isinstance(caught.value.exceptions[0], Internal)
+    with pytest.raises(Internal, match="broken"):
+        await alerts().run(asyncio.Event())
 
 
 def test_a_signature_is_checked_with_its_time() -> None:

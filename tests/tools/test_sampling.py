@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from typing import Any
 
@@ -9,19 +10,12 @@ import msgspec
 import pytest
 from msgspec import Raw
 
+from mist.config import Layer, merge
 from mist.errors import InvalidArgument
 from mist.protocol.envelope import Envelope
-from mist.tools.tokentrace.intake import Intake, IntakeSettings, intake_settings
-from mist.tools.tokentrace.redact import RedactRule, RedactSettings
-from mist.tools.tokentrace.sampling import (
-    PROBABILITY,
-    SOURCES_MAX,
-    Keep,
-    Sampler,
-    SampleSettings,
-    sample_settings,
-    share,
-)
+from mist.tools.tokentrace.intake import Intake
+from mist.tools.tokentrace.sampling import PROBABILITY, SOURCES_MAX, Sampler, share
+from mist.tools.tokentrace.settings import Keep, RedactRule, RedactSettings, SampleSettings
 from tests.tools.spanning import envelope, payload
 
 TRACES = [f"{n:032x}" for n in range(4000)]
@@ -136,25 +130,25 @@ def test_sources_are_bounded() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"rate": 1.1}, "rate = 1.1"), ({"rate": "x"}, r"f: \[tokentrace.sample\]"), ({"rates": 1}, "unknown field"),
+        ({"rate": 1.1}, "rate = 1.1"), ({"rate": "x"}, "f: rate"), ({"rates": 1}, "unknown key"),
         ({"rate": float("nan")}, "rate = nan"), ({"burst": 3}, "limits nothing"), ({"per_source_per_s": -1}, "numbers from 0"),
-        ({"keep": [{}]}, "keep 1: names nothing"), ({"keep": [{"slower_than": "5"}]}, "keep 1: slower_than: not a duration"),
+        ({"keep": [{}]}, "keep 1: names nothing"), ({"keep": [{"slower_than": "5"}]}, "keep 1: slower_than: '5' is no duration"),
         ({"keep": [{"error": True}]}, "unknown field"), ({"keep": [{"errors": True}] * 33}, "max 32"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(table: dict[str, Any], message: str) -> None:
     """At load."""
     with pytest.raises(InvalidArgument, match=message):
-        Sampler(sample_settings(table, "f"), still)
+        Sampler(merge(SampleSettings, [Layer("f", table)]).value, still)
 
 
 def test_the_intake_samples_and_then_redacts_in_order() -> None:
     """A rule to keep sees what is redacted afterwards; order stays; facts count."""
-    rules = IntakeSettings(
-        redact=RedactSettings(rules=(RedactRule(attrs=("user",)),)),
-        sample=SampleSettings(rate=0.0, keep=(Keep(attrs={"user": "anna"}),)),
-    )
-    intake = Intake(rules, env={}, clock=still)
+    intake = Intake(
+        RedactSettings(rules=(RedactRule(attrs=("user",)),)),
+        SampleSettings(rate=0.0, keep=(Keep(attrs={"user": "anna"}),)),
+        env={}, clock=still,
+    )  # fmt: skip
     spans = [envelope(n, attrs={"user": "anna" if n % 2 else "otto"}) for n in range(6)]
     out = intake(spans)
     assert [e.id for e in out] == [spans[n].id for n in (1, 3, 5)]
@@ -165,13 +159,24 @@ def test_the_intake_samples_and_then_redacts_in_order() -> None:
 
 
 def test_an_intake_without_settings_does_nothing() -> None:
-    """The same list, no facts. Settings come from the tables of mist.toml."""
+    """The same list, no facts."""
     spans = [envelope()]
-    nothing = Intake(intake_settings({}, "f"))
+    nothing = Intake(RedactSettings(), SampleSettings())
     assert nothing(spans) is spans
     assert nothing.facts() == {}
-    full = intake_settings({"tokentrace": {"redact": {"capture": "none"}, "sample": {"rate": 0.5}}}, "f")
-    assert full.redact is not None
-    assert full.sample == SampleSettings(rate=0.5)
-    with pytest.raises(InvalidArgument, match=r"f: tokentrace\.redact is a table"):
-        intake_settings({"tokentrace": {"redact": []}}, "f")
+
+
+def test_a_sink_behind_an_intake_sees_what_is_kept() -> None:
+    """And nothing at all where nothing is."""
+    seen: list[list[Envelope]] = []
+
+    async def sink(envelopes: list[Envelope]) -> list[int]:
+        seen.append(envelopes)
+        return [1] * len(envelopes)
+
+    intake = Intake(RedactSettings(), SampleSettings(rate=0.0, keep=(Keep(errors=True),)))
+    store = intake.before(sink)
+    spans = [envelope(1), envelope(2, status="error")]
+    assert asyncio.run(store(spans)) == [1]
+    assert asyncio.run(store(spans[:1])) is None
+    assert seen == [spans[1:]]

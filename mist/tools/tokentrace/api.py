@@ -34,7 +34,6 @@ from mist.kit.server import Answer, App, Receive, Scope, Send, refusal, reply
 from mist.quantities import Duration
 from mist.tools.tokentrace import queries
 from mist.tools.tokentrace.alerts.measure import ALIASES, METRICS
-from mist.tools.tokentrace.figures import figures_of
 from mist.tools.tokentrace.queries import StoredSpan
 from mist.tools.tokentrace.readers import Readers
 from mist.tools.tokentrace.stats import BUCKETS, Metrics, metrics, seed_stats
@@ -294,10 +293,7 @@ class Api:
 
         def ask(store: Store) -> Any:
             found = metrics(store, where, groups)
-            rows = [
-                {"group": m.group, "value": known.value(f), "samples": known.samples(f)}
-                for m, f in zip(found, map(figures_of, found), strict=True)
-            ]
+            rows = [{"group": m.group, "value": known.value(m), "samples": known.samples(m)} for m in found]
             answer = {"metric": name, "since_ns": where.since_ns, "until_ns": where.until_ns}
             return {**answer, "groups": rows} if groups else {**answer, **rows[0]}
 

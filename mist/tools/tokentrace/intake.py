@@ -9,36 +9,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from msgspec import Struct
-
-from mist.errors import InvalidArgument
 from mist.protocol.envelope import Envelope
-from mist.tools.tokentrace.redact import Redactor, RedactSettings, redact_settings
-from mist.tools.tokentrace.sampling import Sampler, SampleSettings, sample_settings
-
-
-class IntakeSettings(Struct, frozen=True, kw_only=True):
-    """None = not at all."""
-
-    redact: RedactSettings | None = None
-    sample: SampleSettings | None = None
+from mist.tools.tokentrace.redact import Redactor
+from mist.tools.tokentrace.sampling import Sampler
+from mist.tools.tokentrace.settings import RedactSettings, SampleSettings
+from mist.transport.server import Replies, Sink
 
 
 class Intake:
-    """Call it with what came in; it gives what is to be stored."""
+    """Call it with what came in; it gives what is to be stored. `env` None = only check the settings."""
 
     def __init__(
         self,
-        settings: IntakeSettings,
+        redact: RedactSettings,
+        sample: SampleSettings,
         *,
-        env: Mapping[str, str] = os.environ,
+        env: Mapping[str, str] | None = os.environ,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._sampler = Sampler(settings.sample, clock) if settings.sample is not None else None
-        self._redactor = Redactor(settings.redact, env) if settings.redact is not None else None
+        self._sampler = Sampler(sample, clock) if sample != SampleSettings() else None
+        self._redactor = Redactor(redact, env) if redact != RedactSettings() else None
 
     def __call__(self, envelopes: list[Envelope]) -> list[Envelope]:
         if self._sampler is not None:
@@ -58,18 +51,11 @@ class Intake:
             out["too_large_to_scan"] = self._redactor.too_large
         return out
 
+    def before(self, sink: Sink) -> Sink:
+        """The sink, behind this. Where everything was dropped there is nothing to store, and no sequence."""
 
-def intake_settings(document: Mapping[str, Any], origin: str) -> IntakeSettings:
-    """The settings in `[tokentrace.redact]` and `[tokentrace.sample]` of a TOML document that was read already; `origin` names it
-    in errors. Raises InvalidArgument."""
-    ours = document.get("tokentrace", {})
-    tables = {}
-    for name in ("redact", "sample"):
-        table = ours.get(name) if isinstance(ours, Mapping) else None
-        if table is not None and not isinstance(table, Mapping):
-            raise InvalidArgument(f"{origin}: tokentrace.{name} is a table", hint=f"[tokentrace.{name}]")
-        tables[name] = table
-    return IntakeSettings(
-        redact=redact_settings(tables["redact"], origin) if tables["redact"] is not None else None,
-        sample=sample_settings(tables["sample"], origin) if tables["sample"] is not None else None,
-    )
+        async def store(envelopes: list[Envelope]) -> Sequence[int] | Replies | None:
+            kept = self(envelopes)
+            return await sink(kept) if kept else None
+
+        return store

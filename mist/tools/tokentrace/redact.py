@@ -10,7 +10,7 @@
     attrs = ["user.email", "*password*"]   # by name, at any depth, in any case
     action = "hash"
 
-`redactor` gives a pure function over envelopes. Promises: an envelope where nothing matched is returned as it is, bytes
+A Redactor is a function over envelopes. Promises: an envelope where nothing matched is returned as it is, bytes
 and checksum; in one that changed, nothing that matches a rule is left: not in keys, nested values, numbers, ids, the
 envelope's own fields, duplicate keys, `\\u` escapes, or JSON within JSON down to `LEVELS_MAX`. Time is linear in the size.
 Does not: look into base64 or compressed text, or touch envelopes that are not spans.
@@ -20,29 +20,24 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from fnmatch import translate
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 from msgspec.structs import replace
 
 from mist.errors import InvalidArgument
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN
 from mist.tools.tokentrace.detectors import BUILT_IN, Detector, custom
-
-Capture = Literal["full", "metadata", "none"]
-Action = Literal["mask", "hash", "drop"]
+from mist.tools.tokentrace.settings import Action, RedactRule, RedactSettings
 
 LEVELS_MAX = 4
 """JSON within JSON within JSON: how deep it is looked into."""
-SCAN_CHARS_MAX = 1024 * 1024
-"""A span with more is cut down before it is scanned: see LONG_CHARS."""
 LONG_CHARS = 4096
 """Texts above this are withheld from a span that is too large to scan."""
 RULES_MAX = 64
@@ -63,26 +58,6 @@ CONTENT = (
 and OpenLLMetry. Events are content as a whole: that is where older instrumentations put it."""
 
 
-class RedactRule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of `attrs` (globs over names), `detect` (built-in detectors), `pattern` (a regular expression, called `name`)."""
-
-    attrs: tuple[str, ...] = ()
-    detect: tuple[str, ...] = ()
-    pattern: str = ""
-    name: str = ""
-    action: Action = "mask"
-
-
-class RedactSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The table `[tokentrace.redact]`."""
-
-    capture: Capture = "full"
-    content: tuple[str, ...] = CONTENT
-    rules: tuple[RedactRule, ...] = ()
-    key_env: str = ""
-    scan_chars_max: int = SCAN_CHARS_MAX
-
-
 class _Drop:
     """Stands for a value that goes, with its key."""
 
@@ -91,32 +66,32 @@ _DROP = _Drop()
 _WITHHELD = "[redacted]"
 
 
-def redactor(settings: RedactSettings, *, env: Mapping[str, str] = os.environ) -> Callable[[Envelope], Envelope]:
-    """The function for these settings. Raises InvalidArgument where they cannot work, naming the rule."""
-    return Redactor(settings, env)
-
-
 class Redactor:
-    """Counts in `changed` and `too_large`; otherwise pure."""
+    """The function for these settings: counts in `changed` and `too_large`, otherwise pure. `env` None = only check the
+    settings. Raises InvalidArgument where they cannot work, naming the rule."""
 
-    def __init__(self, settings: RedactSettings, env: Mapping[str, str]) -> None:
+    def __init__(self, settings: RedactSettings, env: Mapping[str, str] | None) -> None:
         self._settings = settings
         self._key = _key(settings, env)
         self._detectors: list[tuple[Detector, Action]] = []
         self._names: list[tuple[re.Pattern[str], Action | Literal["content"]]] = []
         if len(settings.rules) > RULES_MAX:
-            raise InvalidArgument(f"redact: {len(settings.rules)} rules (max {RULES_MAX})")
+            raise InvalidArgument(f"tokentrace.redact: {len(settings.rules)} rules (max {RULES_MAX})")
         if settings.scan_chars_max < 1024:
-            raise InvalidArgument("redact: scan_chars_max is below 1024")
+            raise InvalidArgument("tokentrace.redact: scan_chars_max is below 1024")
         for number, rule in enumerate(settings.rules, 1):
-            self._add(rule, f"redact: rule {number}")
+            self._add(rule, f"tokentrace.redact: rule {number}")
         if settings.capture != "full":
-            self._names += [(_glob(name, "redact: content"), "content") for name in settings.content]
+            self._names += [
+                (_glob(name, "tokentrace.redact: content"), "content") for name in settings.content or CONTENT
+            ]
         for detector, _ in self._detectors:
             for other, _ in self._detectors:
                 for text in (_WITHHELD, f"[{other.label}]", f"[{other.label}:h0123456789abcdef]"):
                     if detector.hit(text):
-                        raise InvalidArgument(f"redact: pattern {detector.label!r} matches {text!r}, which we put in")
+                        raise InvalidArgument(
+                            f"tokentrace.redact: pattern {detector.label!r} matches {text!r}, which we put in"
+                        )
         self._decided: dict[str, str] = {}
         self._harmless: set[str] = set()
         self._harmless_keys: set[bytes] = set()
@@ -395,32 +370,15 @@ def _glob(name: str, where: str) -> re.Pattern[str]:
     return re.compile(translate(name.lower()))
 
 
-def _key(settings: RedactSettings, env: Mapping[str, str]) -> bytes:
+def _key(settings: RedactSettings, env: Mapping[str, str] | None) -> bytes:
     if not settings.key_env:
         return b""
+    if env is None:
+        return bytes(KEY_BYTES_MIN)
     key = env.get(settings.key_env, "").encode()
     if len(key) < KEY_BYTES_MIN:
         raise InvalidArgument(
-            f"redact: key_env: {settings.key_env} is not set, or shorter than {KEY_BYTES_MIN} bytes",
+            f"tokentrace.redact: key_env: {settings.key_env} is not set, or shorter than {KEY_BYTES_MIN} bytes",
             hint="`openssl rand -hex 32` makes one",
         )
     return key
-
-
-def redact_settings(table: Mapping[str, Any], origin: str) -> RedactSettings:
-    """The settings in the table `[tokentrace.redact]`. Raises InvalidArgument with the place."""
-    rules = [_listed(rule) for rule in table.get("rules", ())]
-    try:
-        return msgspec.convert({**table, "rules": rules}, RedactSettings)
-    except msgspec.ValidationError as exc:
-        raise InvalidArgument(f"{origin}: [tokentrace.redact]: {exc}") from exc
-
-
-def _listed(rule: Any) -> Any:
-    """A single word where a list is meant."""
-    if not isinstance(rule, Mapping):
-        return rule
-    return {k: [v] if k in ("attrs", "detect") and isinstance(v, str) else v for k, v in rule.items()}
-
-
-__all__: Sequence[str] = ("CONTENT", "RedactRule", "RedactSettings", "Redactor", "redact_settings", "redactor")

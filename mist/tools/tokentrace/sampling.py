@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -28,33 +28,15 @@ from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from mist.errors import InvalidArgument
-from mist.kit.duration import parse_duration
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN
+from mist.quantities import Duration
+from mist.tools.tokentrace.settings import Keep, SampleSettings
 
 PROBABILITY = "tt.sampling_probability"
-FAILED = frozenset({"error", "timeout"})
 KEEP_MAX = 32
 SOURCES_MAX = 10_000
 """Sources whose rate is remembered; the one seen longest ago is forgotten, and starts with a full bucket again."""
-
-
-class Keep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rule; all that it names must hold. `attrs` compares as text; an empty text is "there at all"."""
-
-    errors: bool = False
-    slower_than: str = ""
-    cost_over_usd: float | None = None
-    attrs: dict[str, str] = {}
-
-
-class SampleSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The table `[tokentrace.sample]`. `burst`: how many at once from one source; 0 = a second's worth."""
-
-    rate: float = 1.0
-    keep: tuple[Keep, ...] = ()
-    per_source_per_s: float = 0.0
-    burst: float = 0.0
 
 
 class _Span(Struct, gc=False):
@@ -78,16 +60,10 @@ class Sampler:
     """Counts in `kept` and `dropped`. `clock` is monotonic seconds."""
 
     def __init__(self, settings: SampleSettings, clock: Callable[[], float]) -> None:
-        if not 0 <= settings.rate <= 1:
-            raise InvalidArgument(f"sample: rate = {settings.rate} is not between 0 and 1")
-        if not (0 <= settings.per_source_per_s < 1e9 and 0 <= settings.burst < 1e9):
-            raise InvalidArgument("sample: per_source_per_s and burst are numbers from 0")
-        if settings.burst and not settings.per_source_per_s:
-            raise InvalidArgument("sample: burst without per_source_per_s limits nothing")
         if len(settings.keep) > KEEP_MAX:
-            raise InvalidArgument(f"sample: {len(settings.keep)} rules to keep (max {KEEP_MAX})")
+            raise InvalidArgument(f"tokentrace.sample: {len(settings.keep)} rules to keep (max {KEEP_MAX})")
         self._rate = settings.rate
-        self._keep = [_Kept(rule, f"sample: keep {number}") for number, rule in enumerate(settings.keep, 1)]
+        self._keep = [_Kept(rule, f"tokentrace.sample: keep {number}") for number, rule in enumerate(settings.keep, 1)]
         self._per_s = settings.per_source_per_s
         self._burst = settings.burst or max(1.0, settings.per_source_per_s)
         self._clock = clock
@@ -135,14 +111,14 @@ class _Kept:
         if not (rule.errors or rule.slower_than or rule.cost_over_usd is not None or rule.attrs):
             raise InvalidArgument(f"{where}: names nothing, and would keep everything")
         try:
-            self._slower_ns = parse_duration(rule.slower_than) if rule.slower_than else None
+            self._slower_ns = round(Duration(rule.slower_than) * 1e9) if rule.slower_than else None
         except InvalidArgument as exc:
             raise InvalidArgument(f"{where}: slower_than: {exc.message}", hint=exc.hint) from exc
         self._rule = rule
 
     def holds(self, span: _Span) -> bool:
         rule, attrs = self._rule, span.attrs or {}
-        if rule.errors and span.status not in FAILED:
+        if rule.errors and span.status in ("", "ok"):
             return False
         if self._slower_ns is not None and not (span.start_ns and span.end_ns - span.start_ns > self._slower_ns):
             return False
@@ -165,11 +141,3 @@ def _weighted(env: Envelope, rate: float) -> Envelope:
     earlier = before if isinstance(before, int | float) and not isinstance(before, bool) and 0 < before <= 1 else 1.0
     raw = msgspec.json.encode({**payload, "attrs": {**attrs, PROBABILITY: earlier * rate}})
     return replace(env, payload=Raw(raw), checksum=zlib.crc32(raw) if env.checksum else 0)
-
-
-def sample_settings(table: Mapping[str, Any], origin: str) -> SampleSettings:
-    """The settings in the table `[tokentrace.sample]`. Raises InvalidArgument with the place."""
-    try:
-        return msgspec.convert(dict(table), SampleSettings)
-    except msgspec.ValidationError as exc:
-        raise InvalidArgument(f"{origin}: [tokentrace.sample]: {exc}") from exc

@@ -1,8 +1,7 @@
-"""TokenTrace at work beside a stream: ingest, retention, alerts and the questions over HTTP, on one store.
+"""TokenTrace at work beside a stream: ingest, limits and the questions over HTTP, on one store.
 
-Promises: what one part cannot do does not stop the others: a question waits for no ingest, an alert for no question; the
-first error that waiting does not mend ends all of them, in order. Spans beyond the limits of age and size go in pieces, so that
-the ingest waits for no more than one of them.
+Promises: a question waits for no ingest; the first error that waiting does not mend ends all of it, in order. Spans beyond
+the limits of age and size go in pieces, so that the ingest waits for no more than one of them.
 
 Does not: open brokers or listeners, or read settings: the caller hands them in.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,7 @@ from mist.broker.base import Broker, Stream
 from mist.errors import Locked, MistError
 from mist.kit.prices import Prices
 from mist.kit.server import App
-from mist.tools.tokentrace.alerts.rules import Rule
-from mist.tools.tokentrace.alerts.service import Alerts, Append
 from mist.tools.tokentrace.api import Api
-from mist.tools.tokentrace.figures import AlertStore
 from mist.tools.tokentrace.ingest import Options, Progress, ingest, start
 from mist.tools.tokentrace.readers import Readers
 from mist.tools.tokentrace.stats import Metrics, metrics
@@ -54,7 +50,6 @@ class Service:
         *,
         prices: Prices | None = None,
         limits: Limits = Limits(),  # noqa: B008  # a frozen value
-        rules: Sequence[Rule] = (),
         prometheus: App | None = None,
         say: Say = lambda _text: None,
         clock: Callable[[], int] = time.time_ns,
@@ -62,13 +57,11 @@ class Service:
         self.place = place
         self._options = Options(prices=prices)
         self._limits = limits
-        self._rules = rules
         self._say = say
         self._clock = clock
         self.readers = Readers(place)
         self._api = Api(self.readers, prometheus=prometheus, clock=clock)
         self._progress = Progress(0, 0)
-        self._alerts: Alerts | None = None
         self._retired = 0
         self.totals: list[Metrics] = []
         """Everything ever, by tenant, operation, model and provider; at most TOTALS_S old while it runs."""
@@ -79,16 +72,12 @@ class Service:
     def facts(self) -> dict[str, Any]:
         """Counters of this process."""
         p = self._progress
-        found: dict[str, Any] = {
+        return {
             "position": p.position, "spans": p.spans, "refused": p.refused, "gaps": p.gaps, "retired": self._retired,
         }  # fmt: skip
-        return {**found, "alerts": self._alerts.facts()} if self._alerts is not None else found
 
-    async def run(
-        self, broker: Broker, stream: Stream, append: Append, stop: asyncio.Event, *, ready: Callable[[], None]
-    ) -> None:
-        """Until `stop`; the page in hand is finished. `append` is where alerts go; `ready` is called once the store is
-        open and its position is known."""
+    async def run(self, broker: Broker, stream: Stream, stop: asyncio.Event, *, ready: Callable[[], None]) -> None:
+        """Until `stop`; the page in hand is finished. `ready` is called once the store is open and its position known."""
         with await asyncio.to_thread(Store.open, self.place) as store:
             after = start(store, stream)
             self._progress = Progress(after, after)
@@ -96,8 +85,6 @@ class Service:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._housekeeping(stop))
                     group.create_task(self._refresh(stop))
-                    if self._rules:
-                        group.create_task(self._alert(append, stop))
                     ready()
                     await ingest(
                         broker, stream, store, stop=stop, options=self._options, on_event=self._say,
@@ -107,14 +94,6 @@ class Service:
                 raise _first(found) from None
             finally:
                 self.readers.close()
-
-    async def _alert(self, append: Append, stop: asyncio.Event) -> None:
-        store = await asyncio.to_thread(AlertStore, self.place)
-        try:
-            self._alerts = Alerts(store, append, self._rules, on_event=self._say)
-            await self._alerts.run(stop)
-        finally:
-            store.close()
 
     async def _housekeeping(self, stop: asyncio.Event) -> None:
         limits = self._limits

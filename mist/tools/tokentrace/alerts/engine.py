@@ -16,9 +16,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mist.errors import Internal
-from mist.kit.duration import format_duration
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_ALERT, TraceAlert
+from mist.quantities import Duration
 from mist.tools.tokentrace.alerts.machine import Event, GroupState, ended, forgettable, step
 from mist.tools.tokentrace.alerts.measure import Reading
 from mist.tools.tokentrace.alerts.rules import Rule, Target
@@ -69,6 +69,8 @@ class Told(Struct):
     """Counters of this process."""
 
     evaluations: int = 0
+    failed: int = 0
+    """Evaluations that could not be made."""
     fired: int = 0
     resolved: int = 0
     groups_over: int = 0
@@ -180,7 +182,7 @@ def alert_of(name: str, state: RuleState, event: Event, rule: Rule | None) -> Tr
     if event.deleted:
         message = f"{state.metric}: the alert is no more {limit}"
     elif event.value is None:
-        message = f"{state.metric}: no data for {format_duration(state.window_s)} {limit}"
+        message = f"{state.metric}: no data for {_duration(state.window_s)} {limit}"
     else:
         op = state.op if event.state == "firing" else _COMPLEMENT[state.op]
         message = f"{state.metric} {op} {event.value:.4g} {limit}"
@@ -213,7 +215,7 @@ def body_of(id: str, alert: TraceAlert, event: Event, rule: Rule) -> bytes:
         "value": alert.value,
         "threshold": alert.threshold,
         "message": alert.message,
-        "window": format_duration(rule.window_s),
+        "window": _duration(rule.window_s),
         "span_count": alert.samples,
         "filter": msgspec.to_builtins(rule.filter),
         "group": alert.group,
@@ -232,6 +234,10 @@ def target_key(target: Target) -> str:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def _duration(seconds: float) -> str:
+    return str(Duration(f"{seconds:.3f}s"))
 
 
 def _rfc3339(time_ns: int) -> str:

@@ -1,116 +1,70 @@
 """What an alert can watch: metrics by name, each a function of the figures of one group in one window.
 
 Promises: unknown is None, never zero; `samples` is the number of spans that the value is made of. Latencies and times
-to the first token are milliseconds, costs US dollars, rates and scores shares from 0 to 1.
+to the first token are milliseconds, costs US dollars, rates and scores shares from 0 to 1. A window holds the spans that
+began in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from mist.tools.tokentrace import stats
+from mist.tools.tokentrace.stats import Metrics
+from mist.tools.tokentrace.store import Store
+from mist.tools.tokentrace.where import Where
 
-class Amounts(Struct, frozen=True, kw_only=True):
-    """One measure over the spans that know it. The percentiles and the sum are None where none does."""
-
-    known: int = 0
-    total: float | None = None
-    p10: float | None = None
-    p50: float | None = None
-    p90: float | None = None
-    p95: float | None = None
-    p99: float | None = None
-
-    @property
-    def avg(self) -> float | None:
-        return None if self.total is None or not self.known else self.total / self.known
-
-
-NOTHING = Amounts()
-
-
-class Figures(Struct, frozen=True, kw_only=True):
-    """The spans of one window and group. `errors` includes `timeouts`, as the documents count."""
-
-    group: tuple[str, ...] = ()
-    count: int = 0
-    errors: int = 0
-    timeouts: int = 0
-    latency_ms: Amounts = NOTHING
-    ttft_ms: Amounts = NOTHING
-    tokens_in: Amounts = NOTHING
-    tokens_out: Amounts = NOTHING
-    cost_usd: Amounts = NOTHING
-    score: Amounts = NOTHING
+if TYPE_CHECKING:
+    from mist.tools.tokentrace.alerts.rules import Rule
 
 
 class Metric(Struct, frozen=True):
     """`counts`: known even where there is no span. `share`: lies between 0 and 1."""
 
-    value: Callable[[Figures], float | None]
-    samples: Callable[[Figures], int]
+    value: Callable[[Metrics], float | None]
+    samples: Callable[[Metrics], int]
     counts: bool = False
     share: bool = False
 
 
 class Reading(Struct, frozen=True):
-    """The value of one group; None = no data."""
+    """The value of one group, named by the values of `group_by` (empty = the spans name none). None = no data."""
 
     group: tuple[str, ...]
     value: float | None
     samples: int
 
 
-GROUPS = ("tenant", "operation", "model", "provider")
-"""What `group_by` may name."""
-
-
-class Asked(Protocol):
-    """The part of a rule that says which spans to measure."""
-
-    @property
-    def metric(self) -> str: ...
-    @property
-    def window_s(self) -> float: ...
-    @property
-    def min_samples(self) -> int: ...
-    @property
-    def group_by(self) -> tuple[str, ...]: ...
-
-
-def _count(f: Figures) -> int:
-    return f.count
-
-
-def _rate(field: str) -> Callable[[Figures], float | None]:
-    return lambda f: getattr(f, field) / f.count if f.count else None
+def _spans(m: Metrics) -> int:
+    return m.spans
 
 
 def _amount(measure: str, figure: str) -> Metric:
     return Metric(
-        lambda f: getattr(getattr(f, measure), figure), lambda f: getattr(f, measure).known, share=measure == "score"
+        lambda m: getattr(getattr(m, measure), figure), lambda m: getattr(m, measure).known, share=measure == "score"
     )
 
 
-def _both(f: Figures) -> float | None:
-    if f.tokens_in.total is None or f.tokens_out.total is None:
+def _both(m: Metrics) -> float | None:
+    if m.tokens_in.total is None or m.tokens_out.total is None:
         return None
-    return f.tokens_in.total + f.tokens_out.total
+    return m.tokens_in.total + m.tokens_out.total
 
 
 METRICS: dict[str, Metric] = {
-    "span_count": Metric(lambda f: float(f.count), _count, counts=True),
-    "error_count": Metric(lambda f: float(f.errors), _count, counts=True),
-    "error_rate": Metric(_rate("errors"), _count, share=True),
-    "timeout_count": Metric(lambda f: float(f.timeouts), _count, counts=True),
-    "timeout_rate": Metric(_rate("timeouts"), _count, share=True),
+    "span_count": Metric(lambda m: float(m.spans), _spans, counts=True),
+    "error_count": Metric(lambda m: float(m.errors), _spans, counts=True),
+    "error_rate": Metric(lambda m: m.error_rate, _spans, share=True),
+    "timeout_count": Metric(lambda m: float(m.timeouts), _spans, counts=True),
+    "timeout_rate": Metric(lambda m: m.timeouts / m.spans if m.spans else None, _spans, share=True),
     **{f"latency_{p}": _amount("latency_ms", p) for p in ("avg", "p50", "p90", "p95", "p99")},
     **{f"ttft_{p}": _amount("ttft_ms", p) for p in ("avg", "p50", "p90", "p95", "p99")},
     **{f"tokens_in_{p}": _amount("tokens_in", p) for p in ("total", "avg", "p50", "p90", "p95", "p99")},
     **{f"tokens_out_{p}": _amount("tokens_out", p) for p in ("total", "avg", "p50", "p90", "p95", "p99")},
-    "tokens_total": Metric(_both, lambda f: max(f.tokens_in.known, f.tokens_out.known)),
+    "tokens_total": Metric(_both, lambda m: max(m.tokens_in.known, m.tokens_out.known)),
     "total_cost_usd": _amount("cost_usd", "total"),
     "cost_per_call": _amount("cost_usd", "avg"),
     "cost_p95": _amount("cost_usd", "p95"),
@@ -131,13 +85,22 @@ def metric(name: str) -> Metric:
     return METRICS[ALIASES.get(name, name)]
 
 
-def read(rule: Asked, figures: Sequence[Figures]) -> list[Reading]:
-    """The rule's metric for every group. Without groups there is always one, spans or none."""
-    if not rule.group_by and not figures:
-        figures = (Figures(),)
+def measure(store: Store, rule: Rule, since_ns: int, until_ns: int) -> list[Metrics]:
+    """The figures of the rule's spans that began in [since, until), by its groups."""
+    asked = rule.filter
+    where = Where(
+        since_ns=since_ns, until_ns=until_ns, tenant=asked.tenant or None, operation=asked.operation or None,
+        model=asked.model or None, provider=asked.provider or None, attrs=tuple(asked.attrs.items()),
+    )  # fmt: skip
+    return stats.metrics(store, where, rule.group_by)
+
+
+def read(rule: Rule, figures: Sequence[Metrics]) -> list[Reading]:
+    """The rule's metric for every group."""
     known = METRICS[rule.metric]
     out = []
     for one in figures:
         samples = known.samples(one)
-        out.append(Reading(one.group, known.value(one) if samples >= rule.min_samples else None, samples))
+        value = known.value(one) if samples >= rule.min_samples else None
+        out.append(Reading(tuple(one.group[name] or "" for name in rule.group_by), value, samples))
     return out

@@ -28,9 +28,12 @@ from msgspec import Struct
 
 from mist.config import file_layer
 from mist.errors import InvalidArgument
-from mist.kit.duration import parse_duration
 from mist.protocol.url import redact
-from mist.tools.tokentrace.alerts.measure import ALIASES, GROUPS, METRICS, metric
+from mist.quantities import Duration
+from mist.tools.tokentrace.alerts.measure import ALIASES, METRICS, metric
+from mist.tools.tokentrace.settings import TokenTraceSettings
+from mist.tools.tokentrace.stats import GROUPS
+from mist.tools.tokentrace.where import ATTRS_MAX, check_key
 
 Level = Literal["warning", "critical"]
 Op = Literal[">", ">=", "<", "<="]
@@ -42,10 +45,8 @@ OPS: dict[str, Op] = {">": ">", ">=": ">=", "<": "<", "<=": "<=", "gt": ">", "gt
 RULES_MAX = 200
 NAME_CHARS_MAX = 100
 TARGETS_MAX = 8
-ATTRS_MAX = 10
 WINDOW_S = 300.0
 WINDOW_S_MIN = 60.0
-"""The store counts by the minute."""
 WINDOW_S_MAX = 31 * 86_400.0
 EVERY_S_MIN = 30.0
 """The default period is a tenth of the window, but not below this; `every` may say less, down to one second."""
@@ -110,7 +111,7 @@ class Rule(Struct, frozen=True, kw_only=True):
         return "warning" if "warning" in self.thresholds else "critical"
 
 
-def load_rules(path: Path, *, env: Mapping[str, str] = os.environ) -> tuple[Rule, ...]:
+def load_rules(path: Path, *, env: Mapping[str, str] | None = os.environ) -> tuple[Rule, ...]:
     """The rules of a TOML file. Raises InvalidArgument (with file, rule and key) and NotFound."""
     layer = file_layer(path)
     rules = rules_of(layer.values, layer.origin, env=env)
@@ -119,8 +120,11 @@ def load_rules(path: Path, *, env: Mapping[str, str] = os.environ) -> tuple[Rule
     return rules
 
 
-def rules_of(document: Mapping[str, Any], origin: str, *, env: Mapping[str, str] = os.environ) -> tuple[Rule, ...]:
-    """The rules of a TOML document that was read already; none is fine. `origin` names it in errors."""
+def rules_of(
+    document: Mapping[str, Any], origin: str, *, env: Mapping[str, str] | None = os.environ
+) -> tuple[Rule, ...]:
+    """The rules of a TOML document that was read already; none is fine. `origin` names it in errors. `env` None = do not
+    ask for the variables that the rules name."""
     ours = document.get("tokentrace", {})
     ours = ours if isinstance(ours, Mapping) else {}
     cooldown_s = COOLDOWN_S
@@ -145,6 +149,25 @@ def rules_of(document: Mapping[str, Any], origin: str, *, env: Mapping[str, str]
     if len(out) > RULES_MAX:
         raise InvalidArgument(f"{origin}: {len(out)} alerts (max {RULES_MAX})")
     return tuple(out.values())
+
+
+def configured(
+    settings: TokenTraceSettings, env: Mapping[str, str] | None = os.environ, *, origin: str = "mist.toml"
+) -> tuple[Rule, ...]:
+    """The rules of the settings and of the file they name. `env` None = only check what stands in the settings."""
+    tables = {
+        "alerts": settings.alerts,
+        "alert_rules": settings.alert_rules,
+        "alert_cooldown": float(settings.alert_cooldown),
+    }
+    rules = rules_of({"tokentrace": tables}, origin, env=env)
+    if not settings.alerts_file or env is None:
+        return rules
+    more = load_rules(Path(settings.alerts_file), env=env)
+    both = {rule.name for rule in rules} & {rule.name for rule in more}
+    if both:
+        raise InvalidArgument(f"{settings.alerts_file}: alert {min(both)!r}: name: {origin} has one of that name too")
+    return (*rules, *more)
 
 
 class _Table(Struct, forbid_unknown_fields=True, rename={"for_": "for"}):
@@ -186,7 +209,7 @@ class _Delivery(Struct, forbid_unknown_fields=True):
     timeout_s: float | None = None
 
 
-def _rule(table: Any, place: str, origin: str, cooldown_s: float, seeds: bool, env: Mapping[str, str]) -> Rule:
+def _rule(table: Any, place: str, origin: str, cooldown_s: float, seeds: bool, env: Mapping[str, str] | None) -> Rule:
     if not isinstance(table, Mapping):
         raise InvalidArgument(f"{place}: is a table")
     named = table.get("name")
@@ -231,7 +254,9 @@ def _rule(table: Any, place: str, origin: str, cooldown_s: float, seeds: bool, e
     if raw.no_data not in ("ok", "keep", "alert"):
         raise InvalidArgument(f"{at}: no_data: {raw.no_data[:20]!r} is none", hint="ok, keep or alert")
     for key in raw.group_by:
-        if key not in GROUPS:
+        if key.startswith("attr."):
+            _checked_key(key[5:], f"{at}: group_by")
+        elif key not in GROUPS:
             raise _unlike(f"{at}: group_by: nothing is told apart by {key[:60]!r}", key, GROUPS)
         if raw.filter.get(key):
             raise InvalidArgument(f"{at}: group_by: {key} is fixed by the filter, so there is one group")
@@ -240,6 +265,8 @@ def _rule(table: Any, place: str, origin: str, cooldown_s: float, seeds: bool, e
     chosen: Filter = _convert(raw.filter, Filter, f"{at}: filter")
     if len(chosen.attrs) > ATTRS_MAX:
         raise InvalidArgument(f"{at}: filter: {len(chosen.attrs)} attributes (max {ATTRS_MAX})")
+    for key in chosen.attrs:
+        _checked_key(key, f"{at}: filter: attrs")
     return Rule(
         name=name, metric=ALIASES.get(raw.metric, raw.metric), op=op, thresholds=thresholds,
         recover=_recover(raw, op, values[0], at), window_s=window_s, every_s=every_s,
@@ -249,6 +276,13 @@ def _rule(table: Any, place: str, origin: str, cooldown_s: float, seeds: bool, e
         silence_until_ns=_moment(raw.silence_until, at), no_data=raw.no_data,  # type: ignore[arg-type]
         targets=_targets(raw.delivery, at, env),
     )  # fmt: skip
+
+
+def _checked_key(key: str, where: str) -> None:
+    try:
+        check_key(key)
+    except InvalidArgument as exc:
+        raise InvalidArgument(f"{where}: {exc.message}", hint=exc.hint) from exc
 
 
 def _thresholds(raw: _Table, at: str) -> dict[Level, float]:
@@ -308,7 +342,7 @@ def _seconds(value: Any, where: str) -> float:
     """A text with its unit, or a number of seconds (the caller says that the key's name holds the unit)."""
     if isinstance(value, str):
         try:
-            return parse_duration(value) / 1e9
+            return float(Duration(value))
         except InvalidArgument as exc:
             raise InvalidArgument(f"{where}: {exc.message}", hint=exc.hint) from exc
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9:
@@ -325,7 +359,9 @@ def _moment(value: Any, at: str) -> int:
     return round(moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()) * 1_000_000_000
 
 
-def _targets(given: dict[str, Any] | list[dict[str, Any]], at: str, env: Mapping[str, str]) -> tuple[Target, ...]:
+def _targets(
+    given: dict[str, Any] | list[dict[str, Any]], at: str, env: Mapping[str, str] | None
+) -> tuple[Target, ...]:
     tables = [given] if isinstance(given, dict) else given
     if len(tables) > TARGETS_MAX:
         raise InvalidArgument(f"{at}: delivery: {len(tables)} of them (max {TARGETS_MAX})")
@@ -335,7 +371,7 @@ def _targets(given: dict[str, Any] | list[dict[str, Any]], at: str, env: Mapping
     return targets
 
 
-def _target(table: dict[str, Any], at: str, env: Mapping[str, str]) -> Target:
+def _target(table: dict[str, Any], at: str, env: Mapping[str, str] | None) -> Target:
     raw: _Delivery = _convert(table, _Delivery, at)
     if raw.type != "http":
         raise InvalidArgument(f"{at}: type: {raw.type[:20]!r} is not delivered", hint="http; the stream has them all")
@@ -343,8 +379,11 @@ def _target(table: dict[str, Any], at: str, env: Mapping[str, str]) -> Target:
         raise InvalidArgument(f"{at}: url: either url or url_env says where to")
     variables = [("url_env", raw.url_env), ("secret_env", raw.secret_env)]
     variables += [(f"headers_env.{key}", value) for key, value in raw.headers_env.items()]
+    named = {variable for key, variable in variables if variable or key.startswith("headers_env")}
+    if env is None:
+        env = dict.fromkeys(named, "http://unknown")
     for key, variable in variables:
-        if (variable or key.startswith("headers_env")) and not env.get(variable):
+        if variable in named and not env.get(variable):
             raise InvalidArgument(f"{at}: {key}: the environment variable {variable[:60]} is not set")
     check_url(raw.url or env[raw.url_env], f"{at}: {'url' if raw.url else 'url_env'}")
     both = {k.lower() for k in raw.headers} & {k.lower() for k in raw.headers_env}

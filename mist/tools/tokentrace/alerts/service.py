@@ -5,7 +5,8 @@ stream's dedupe window (two minutes by default) makes one; a webhook is delivere
 `webhook-id`. Webhooks of one target keep their order: a resolved never overtakes its firing. A refusal for good (a status
 of 400 to 499 but 408 and 429, or a redirect) is given up at once and counted, anything else is tried again with full jitter, also
 over restarts. An error that is worth waiting for costs a period, not the service.
-Does not: share one store among several loops. Run one `run` for each store.
+Does not: share its open store with others (ingest and questions open their own), or one database among several loops: run
+one `watch` for each.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import asyncio
 import os
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from mist.broker.clock import SYSTEM, Clock
-from mist.errors import MistError
+from mist.errors import InvalidArgument, MistError
 from mist.kit.retry import RetryPolicy
 from mist.protocol.envelope import Envelope
 from mist.tools.tokentrace.alerts import control, engine
-from mist.tools.tokentrace.alerts.measure import Figures, read
+from mist.tools.tokentrace.alerts.measure import measure, read
 from mist.tools.tokentrace.alerts.rules import Rule, Target
 from mist.tools.tokentrace.alerts.webhook import HttpPost, Post, request
+from mist.tools.tokentrace.stats import Metrics
+from mist.tools.tokentrace.store import Store
 
 T = TypeVar("T")
 Append = Callable[[list[Envelope]], Awaitable[object]]
@@ -42,11 +46,8 @@ POLL_S_MAX = 30.0
 """How long the loop sleeps at most; a rule or silence given meanwhile is seen then."""
 
 
-class Store(control.States, Protocol):
-    """What the alerts need of TokenTrace's store. Called in threads."""
-
-    def figures(self, rule: Rule, since_ns: int, until_ns: int, /) -> Sequence[Figures]:
-        """The rule's spans of [since, until), by its filter and groups."""
+Measure = Callable[[Rule, int, int], Sequence[Metrics]]
+"""(rule, since_ns, until_ns) -> the figures of its groups. Called in threads, one call at a time."""
 
 
 class Alerts:
@@ -54,7 +55,8 @@ class Alerts:
 
     def __init__(
         self,
-        store: Store,
+        store: control.States,
+        measure: Measure,
         append: Append,
         rules: Sequence[Rule],
         *,
@@ -66,6 +68,7 @@ class Alerts:
         on_event: Callable[[str], None] | None = None,
     ) -> None:
         self._store = store
+        self._measure = measure
         self._append = append
         self._rules = tuple(rules)
         self._post = post
@@ -76,6 +79,7 @@ class Alerts:
         self._say = on_event or (lambda _text: None)
         self._saved: engine.Saved | None = None
         self._lock = asyncio.Lock()
+        self._one_at_a_time = asyncio.Lock()
         self._more = asyncio.Event()
         self.told = engine.Told()
         self.delivered = 0
@@ -105,7 +109,7 @@ class Alerts:
         now = self._clock.time_ns()
         kept = {}
         for rule in self._rules:
-            orders = await _in_thread(partial(control.orders_of, self._store, rule.name))
+            orders = await self._ask(partial(control.orders_of, self._store, rule.name))
             if not control.deleted(rule, orders):
                 kept[rule.name] = rule
                 await self._evaluate(rule, now, silenced=control.silenced(rule, orders, now))
@@ -118,7 +122,12 @@ class Alerts:
         if moment is None or len(saved.unsent) >= engine.UNSENT_MAX:
             return
         since = moment - round(rule.window_s * 1e9)
-        readings = read(rule, await _in_thread(partial(self._store.figures, rule, since, moment)))
+        try:
+            readings = read(rule, await self._ask(partial(self._measure, rule, since, moment)))
+        except InvalidArgument as exc:  # more groups than anybody can look at, say: the other rules go on
+            self.told.failed += 1
+            self._say(f"alert {rule.name!r}: cannot be measured: {exc}")
+            return
         await self._change(
             lambda saved: engine.evaluate(
                 rule, saved, readings, moment, self.told, silenced=silenced, source=self._source
@@ -136,11 +145,13 @@ class Alerts:
                     raise end
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop`: what is in hand is finished. Raises errors that waiting does not mend."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._again(self._evaluating, stop))
-            if any(rule.targets for rule in self._rules) or (await self._load()).outbox:
+        """Until `stop`: what is in hand is finished. Raises the first error that waiting does not mend."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._again(self._evaluating, stop))
                 group.create_task(self._again(self._delivering, stop))
+        except ExceptionGroup as ended:
+            raise ended.exceptions[0] from ended
 
     # the two loops
 
@@ -174,9 +185,14 @@ class Alerts:
 
     # state
 
+    async def _ask(self, work: Callable[[], T]) -> T:
+        """Something of the store, in a thread."""
+        async with self._one_at_a_time:
+            return await _in_thread(work)
+
     async def _load(self) -> engine.Saved:
         if self._saved is None:
-            self._saved = engine.decode(await _in_thread(partial(self._store.load, engine.STATE)))
+            self._saved = engine.decode(await self._ask(partial(self._store.load, engine.STATE)))
         return self._saved
 
     async def _change(self, change: Callable[[engine.Saved], engine.Saved]) -> None:
@@ -186,7 +202,7 @@ class Alerts:
             after = change(before)
             if after == before:
                 return
-            await _in_thread(partial(self._store.save, engine.STATE, engine.encode(after)))
+            await self._ask(partial(self._store.save, engine.STATE, engine.encode(after)))
             self._saved = after
         if after.outbox:
             self._more.set()
@@ -236,7 +252,7 @@ class Alerts:
         raise MistError("the rule delivers there no more", retryable=False)
 
 
-async def run(
+async def watch(
     store: Store,
     append: Append,
     rules: Sequence[Rule],
@@ -248,15 +264,13 @@ async def run(
     on_event: Callable[[str], None] | None = None,
     on_start: Callable[[Alerts], None] | None = None,
 ) -> None:
-    """Evaluate and deliver until `stop`. `on_start` is given the Alerts, for its facts."""
-    if not any(rule.targets for rule in rules):
-        alerts = Alerts(store, append, rules, clock=clock, env=env, source=source, on_event=on_event)
-        if on_start is not None:
-            on_start(alerts)
-        await alerts.run(stop)
-        return
-    async with HttpPost() as post:
-        alerts = Alerts(store, append, rules, post=post, clock=clock, env=env, source=source, on_event=on_event)
+    """Evaluate and deliver until `stop`. `store` is this loop's own; `on_start` is given the Alerts, for its facts."""
+    async with AsyncExitStack() as stack:
+        post = await stack.enter_async_context(HttpPost()) if any(rule.targets for rule in rules) else None
+        alerts = Alerts(
+            store, partial(measure, store), append, rules, post=post, clock=clock, env=env, source=source,
+            on_event=on_event,
+        )  # fmt: skip
         if on_start is not None:
             on_start(alerts)
         await alerts.run(stop)
