@@ -14,7 +14,10 @@ from mist.errors import InvalidArgument
 from mist.protocol.url import Url, redact
 
 StoreOption = Annotated[
-    str, typer.Option("--store", metavar="FILE", help="The SQLite store; default DIR/tools/TOOL.db for log:DIR.")
+    str,
+    typer.Option(
+        "--store", metavar="FILE", help="The store: a file, or postgresql://…; default DIR/tools/TOOL.db for log:DIR."
+    ),
 ]
 SinceOption = Annotated[
     str, typer.Option("--since", metavar="AGE", help="Started in the last 1h, 30m, 2d, or since a time.")
@@ -23,10 +26,11 @@ UntilOption = Annotated[str, typer.Option("--until", metavar="AGE", help="Starte
 LimitOption = Annotated[int, typer.Option("-n", "--count", min=1, metavar="N", help="At most N.")]
 
 
-def store_path(url: Url, tool: str, given: str = "") -> Path:
-    """`--store`, or DIR/tools/<tool>.db for log:DIR, or a file in the user's state directory for a server."""
+def store_path(url: Url, tool: str, given: str = "") -> Path | str:
+    """`--store` (a file, or a postgresql:// URL), or DIR/tools/<tool>.db for log:DIR, or a file in the user's state
+    directory for a server."""
     if given:
-        return Path(given)
+        return given if "://" in given else Path(given)
     if url.scheme == "log":
         return Path(url.target or ".") / "tools" / f"{tool}.db"
     if url.scheme == "memory":

@@ -98,7 +98,7 @@ def make_plan(session: Session, data: str, dir: str, spans: int, seed: int, serv
     broker = started.url if started else str(url) if given else f"log:{quote(str(data_dir), safe='/')}"
     files = _unused(data_dir / f"demo-{stamp}")
     files.mkdir(parents=True)
-    store = store_path(parse_url(f"log:{quote(str(data_dir), safe='/')}"), "tokentrace")
+    store = Path(store_path(parse_url(f"log:{quote(str(data_dir), safe='/')}"), "tokentrace"))
     if store.exists():
         store = files / "tokentrace.db"  # somebody's spans are in the usual place: keep ours apart
     right: dict[str, int] = {}

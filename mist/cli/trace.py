@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mist.cli._tools import LimitOption, SinceOption, StoreOption, UntilOption, store_path, time_option
+from mist.cli.options import OptionGroup
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
 from mist.errors import InvalidArgument
 from mist.kit.signals import drained
 
 if TYPE_CHECKING:
+    from mist.kit.prices import Prices
     from mist.tools.tokentrace.queries import StoredSpan
     from mist.tools.tokentrace.spans import SpanRow
     from mist.tools.tokentrace.store import Store
@@ -24,21 +27,62 @@ if TYPE_CHECKING:
 
 app = noun("Traces of LLM calls: fill the store from the stream, and ask it.")
 
+
+class SpanOptions(OptionGroup, frozen=True, kw_only=True):
+    """Which spans. All given conditions hold at once; an empty text is "those that name none"."""
+
+    model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Only this model.")] = None
+    operation: Annotated[str | None, typer.Option("--operation", metavar="NAME", help="Only this operation.")] = None
+    provider: Annotated[str | None, typer.Option("--provider", metavar="NAME", help="Only this provider.")] = None
+    source: Annotated[str | None, typer.Option("--source", metavar="NAME", help="Only this envelope source.")] = None
+    tenant: Annotated[str | None, typer.Option("--tenant", metavar="NAME", help="Only this tenant.")] = None
+    user: Annotated[str | None, typer.Option("--user", metavar="ID", help="Only this user.")] = None
+    status: Annotated[str | None, typer.Option("--status", metavar="TEXT", help="Only this status.")] = None
+    attr: Annotated[
+        list[str], typer.Option("--attr", metavar="KEY=VALUE", help="Only with this attribute, as text. Repeatable.")
+    ] = []  # noqa: RUF012  # a Struct copies it
+    since: SinceOption = ""
+    until: UntilOption = ""
+
+    def where(self, *, failed: bool = False) -> Where:
+        """The conditions. Raises InvalidArgument."""
+        from mist.tools.tokentrace.where import Where
+
+        attrs = []
+        for pair in self.attr:
+            key, equals, value = pair.partition("=")
+            if not equals or not key:
+                raise InvalidArgument(f"--attr {pair!r} is not KEY=VALUE", hint="for example --attr finish_reason=stop")
+            attrs.append((key, value))
+        return Where(
+            model=self.model, operation=self.operation, provider=self.provider, source=self.source, tenant=self.tenant,
+            user=self.user, status=self.status, attrs=tuple(attrs), since_ns=time_option(self.since),
+            until_ns=time_option(self.until), failed=failed,
+        )  # fmt: skip
+
+
 StreamOption = Annotated[str, typer.Option("--stream", metavar="STREAM", help="The stream of spans.")]
 ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help="Only this model.")]
 SHOWN_REFUSED = 5
 
 
+def store_of(session: Session, given: str) -> Path | str:
+    """`--store`, else the settings', else the usual place."""
+    return store_path(session.url, "tokentrace", given or session.config.tokentrace.store)
+
+
+def prices_of(session: Session, file: str = "") -> Prices | None:
+    """The price table of the option or the settings."""
+    from mist.kit.prices import load_prices
+
+    file = file or session.config.tokentrace.prices
+    return load_prices(Path(file)) if file else None
+
+
 def _store(session: Session, given: str) -> Store:
     from mist.tools.tokentrace.store import Store
 
-    return Store.read(store_path(session.url, "tokentrace", given))
-
-
-def _where(model: str, since: str, until: str, *, failed: bool = False) -> Where:
-    from mist.tools.tokentrace.where import Where
-
-    return Where(model=model or None, since_ns=time_option(since), until_ns=time_option(until), failed=failed)
+    return Store.read(store_of(session, given))
 
 
 @app.command()
@@ -69,6 +113,7 @@ async def ingest(
       mist trace ingest calls.csv --column tokens_in=PromptTokens --column tokens_out=CompletionTokens
     """
     from mist.tools.tokentrace import files, publish
+    from mist.tools.tokentrace.ingest import Options
     from mist.tools.tokentrace.ingest import ingest as run_ingest
     from mist.tools.tokentrace.store import Store
 
@@ -79,7 +124,7 @@ async def ingest(
     if wait and not broker.capabilities.read:
         out.note(f"{broker.url} is for publishing only: its rows can be queried when a worker has read them behind it")
         wait = False
-    path = store_path(session.url, "tokentrace", store) if wait else None
+    path = store_of(session, store) if wait else None
     with out.progress("publishing") as bar:
         published = await publish.publish(
             opened, rows, rate=rate, on_acked=lambda _e, sequences: bar.at(sequences[-1] if sequences else 0)
@@ -98,9 +143,10 @@ async def ingest(
     }
     if path is not None and published.acknowledged:
         with Store.open(path) as opened_store:
+            options = Options(prices=prices_of(session))
             await drained(
                 lambda stop: run_ingest(
-                    broker, opened, opened_store, until=published.last, stop=stop, on_event=out.warn
+                    broker, opened, opened_store, until=published.last, stop=stop, options=options, on_event=out.warn
                 )
             )
             row["spans"] = opened_store.count()
@@ -150,11 +196,12 @@ async def worker(
 
     session = current()
     out = session.out
+    prices = prices_of(session)
     broker, opened = await session.reach(stream, create=not until_end)
     info = await opened.info()
     position = parse_position(from_, now_ns=time.time_ns())
     first_after = await after_of(position, opened, broker.checkpoints, info)
-    with Store.open(store_path(session.url, "tokentrace", store)) as opened_store:
+    with Store.open(store_of(session, store)) as opened_store:
         after = start(opened_store, opened, restart=restart, first_after=first_after)
         until = info.last if until_end else None
         out.note(f"ingesting {stream} into {opened_store.place}, after sequence {after}")
@@ -168,7 +215,7 @@ async def worker(
                     until=until,
                     stop=stop,
                     first_after=first_after,
-                    options=Options(record=record, page_records=page),
+                    options=Options(prices=prices, record=record, page_records=page),
                     on_event=out.warn,
                     progress=progress,
                 )
@@ -192,11 +239,9 @@ async def worker(
 
 @app.command()
 def ls(
+    which: SpanOptions,
     n: LimitOption = 20,
-    model: ModelOption = "",
     failed: Annotated[bool, typer.Option("--failed", help="Only traces with a failed span.")] = False,
-    since: SinceOption = "",
-    until: UntilOption = "",
     store: StoreOption = "",
 ) -> None:
     """List the newest traces.
@@ -211,7 +256,7 @@ def ls(
 
     session = current()
     with _store(session, store) as opened:
-        found = traces(opened, _where(model, since, until, failed=failed), limit=n).traces
+        found = traces(opened, which.where(failed=failed), limit=n).traces
     rows = [msgspec.to_builtins(t) for t in found]
     if session.out.format == "table":
         rows = [{**r, "start": moment(r["start_ns"] or 0), "models": ", ".join(r["models"])} for r in rows]
@@ -330,7 +375,7 @@ def _tail_row(row: SpanRow) -> dict[str, Any]:
 
 
 @app.command()
-def stats(model: ModelOption = "", since: SinceOption = "", until: UntilOption = "", store: StoreOption = "") -> None:
+def stats(which: SpanOptions, store: StoreOption = "") -> None:
     """Latency, tokens and cost by model: percentiles within 0.8 % of the exact ones (nearest rank).
 
     JSON: {"total", "spans": [{"model", "count", "errors", "latency_ms": {"p50", "p90", "p95", "p99"}, "tokens_in": {…},
@@ -346,7 +391,7 @@ def stats(model: ModelOption = "", since: SinceOption = "", until: UntilOption =
     session = current()
     out = session.out
     with _store(session, store) as opened:
-        found = compute(opened, _where(model, since, until))
+        found = compute(opened, which.where())
     if out.json:
         out.item(msgspec.to_builtins(found))
         return
@@ -376,11 +421,9 @@ def stats_rows(spans: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @app.command()
 def errors(
+    which: SpanOptions,
     n: LimitOption = 20,
     quarantined: Annotated[bool, typer.Option("--quarantined", help="Records that are no spans, and why.")] = False,
-    model: ModelOption = "",
-    since: SinceOption = "",
-    until: UntilOption = "",
     store: StoreOption = "",
 ) -> None:
     """List failed spans (a status other than ok), or the records that were refused; newest first.
@@ -400,42 +443,71 @@ def errors(
             rows = [msgspec.to_builtins(r) for r in refused(opened, limit=n)]
             out.rows(rows, ["stream", "sequence", "subject", "reason"], empty="nothing was refused")
             return
-        failed = spans(opened, _where(model, since, until, failed=True), limit=n).spans
+        failed = spans(opened, which.where(failed=True), limit=n).spans
     rows = [_span(s) for s in failed]
     for row in rows:
         row["error"] = row["attrs"].get("error") if isinstance(row["attrs"], dict) else None
     out.rows(rows, ["trace_id", "span_id", "start", "operation", "model", "status", "error"], empty="no failed spans")
 
 
+class ExportForm(StrEnum):
+    jsonl = "jsonl"
+    otlp = "otlp"
+    parquet = "parquet"
+
+
 @app.command()
-def export(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Where to; - is standard output.")] = "-",
-    model: ModelOption = "",
-    since: SinceOption = "",
-    until: UntilOption = "",
+async def export(
+    which: SpanOptions,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Where to; - is standard output; otlp+http://HOST is an endpoint.")
+    ] = "-",
+    form: Annotated[
+        ExportForm | None,
+        typer.Option("--as", help="jsonl (wire shape), otlp (OTLP JSON, a request a line), parquet. Default: by name."),
+    ] = None,
     store: StoreOption = "",
 ) -> None:
-    """Write the spans of the store as JSON lines, in their wire shape: `mist trace ingest` reads them.
+    """Write spans of the store to a file, or send them to an OpenTelemetry endpoint.
 
-    Example:
+    JSON lines are the wire shape, which `mist trace ingest` reads; Parquet has the columns of the store. A file is never
+    written over.
+
+    Examples:
       mist trace export spans.jsonl --since 1d
+      mist trace export calls.parquet --model gpt-4o
+      mist trace export otlp+http://localhost:4318 --since 1h
     """
-    import msgspec
-
-    from mist.tools.tokentrace.queries import every_span, payload_of
+    from mist.tools.tokentrace import export as out
+    from mist.tools.tokentrace.queries import every_span
 
     session = current()
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(_store(session, store))
-        spans = every_span(opened, _where(model, since, until))
-        if file == "-":
-            write = session.out.write
+        spans = every_span(stack.enter_context(_store(session, store)), which.where())
+        if file.startswith(("otlp+http://", "otlp+https://")):
+            from mist.tools.tokentrace.otlp.send import export as send
+
+            sent = await send(out.envelopes(spans), file)
+            for reason in sent.reasons[:SHOWN_REFUSED]:
+                session.out.warn(reason)
+            if sent.rejected or sent.refused:
+                session.fail_with(9)
+            session.out.note(f"{sent.spans} spans sent, {sent.rejected} rejected, {sent.refused} not sendable")
+            return
+        if form is None:
+            kind = ".parquet" if file.endswith(".parquet") else ".otlp" if ".otlp" in Path(file).suffixes else ""
+            form = {".parquet": ExportForm.parquet, ".otlp": ExportForm.otlp}.get(kind, ExportForm.jsonl)
+        if form is ExportForm.parquet:
+            if file == "-":
+                raise InvalidArgument("Parquet is no text for standard output", hint="name a file")
+            count = out.parquet(spans, stack.enter_context(_create(Path(file))))
         else:
-            write = stack.enter_context(_create(Path(file))).write
-        count = 0
-        for span in spans:
-            write(msgspec.json.encode(payload_of(span)) + b"\n")
-            count += 1
+            write = session.out.write if file == "-" else stack.enter_context(_create(Path(file))).write
+            lines = out.otlp_lines(spans) if form is ExportForm.otlp else out.json_lines(spans)
+            count = 0
+            for line, many in lines:
+                write(line)
+                count += many
     session.out.note(f"{count} spans written")
 
 
@@ -448,3 +520,6 @@ def _create(path: Path) -> Any:
         raise AlreadyExists(f"{path} exists", hint="name another file") from exc
     except OSError as exc:
         raise Refused(f"{path}: {exc.strerror or exc}") from exc
+
+
+import mist.cli._trace_keeping  # noqa: E402, F401  # registers the verbs that change a store or its alerts

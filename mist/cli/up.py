@@ -63,6 +63,7 @@ async def command(
     stream: Annotated[
         str, typer.Option("--stream", metavar="STREAM", help="The stream they work on. Default: trace.")
     ] = "",
+    usual_listen: Annotated[str, typer.Option("--usual-listen", hidden=True)] = LISTEN,
     otlp_grpc: Annotated[
         str,
         typer.Option("--otlp-grpc", metavar="HOST:PORT", help="Where to take OTLP over gRPC too; 4317 is usual."),
@@ -115,7 +116,7 @@ async def command(
     chosen = _chosen(tools)
     settings = session.config.tokentrace
     if not listen:
-        listen = settings.listen if session.origins["tokentrace.listen"] != "default" else LISTEN
+        listen = settings.listen if session.origins["tokentrace.listen"] != "default" else usual_listen
     stream = stream or settings.stream
     store = store or settings.store
     host, port = parse_address(listen)

@@ -12,6 +12,8 @@ from mist.testing.postgres import run_postgres
 from mist.testing.servers import MissingServer
 from mist.tools.tokentrace.postgres import SCHEMA
 
+from .shell import Shell
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
@@ -34,3 +36,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     with psycopg.connect(url, autocommit=True) as db:
         db.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE".encode())
     return url
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """The command line over a log of this test's own, in its directory."""
+    monkeypatch.chdir(tmp_path)
+    return Shell(monkeypatch, f"log:{tmp_path / 'log'}")

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from conftest import run
 
+import mist
+from mist.broker.base import Message
 from mist.cli.main import main
 
 
@@ -40,3 +43,13 @@ class Shell:
             code = main(list(args))
         out.flush()
         return Ran(code, out.buffer.getvalue().decode(), err.getvalue())  # type: ignore[attr-defined]
+
+
+def publish(shell: Shell, *messages: Message) -> None:
+    """To the stream `trace` of the shell's broker."""
+
+    async def body() -> None:
+        async with mist.connect(shell.url) as broker:
+            await (await broker.open("trace")).append(messages)
+
+    run(body())

@@ -13,30 +13,16 @@ from conftest import run
 import mist
 from mist.broker.base import Message
 
-from .shell import Shell
+from .shell import Shell, publish
 from .spanning import message
 
 CALLS = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n2023-11-16 18:15:50.99,396,109\n"
 
 
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(monkeypatch, f"log:{tmp_path / 'log'}")
-
-
-@pytest.fixture
 def calls(tmp_path: Path) -> str:
     (tmp_path / "calls.csv").write_text(CALLS)
     return str(tmp_path / "calls.csv")
-
-
-def publish(shell: Shell, *messages: Message) -> None:
-    async def body() -> None:
-        async with mist.connect(shell.url) as broker:
-            await (await broker.open("trace")).append(messages)
-
-    run(body())
 
 
 def test_an_ingested_file_can_be_queried_when_the_command_returns(shell: Shell, calls: str) -> None:
