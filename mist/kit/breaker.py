@@ -1,8 +1,8 @@
 """A circuit breaker: stop calling what does not work, ask carefully whether it works again.
 
-closed -> open after `failures_max` failures in a row; open -> half-open after `open_s`; half-open lets `probes_max`
-calls through at a time: one success closes, one failure opens again, each time for `factor` times as long up to
-`open_s_max`.
+closed -> open after `failures_max` failures in a row, or when of at least `volume_min` calls within `window_s` the share
+`failure_rate` failed; open -> half-open after `open_s`; half-open lets `probes_max` calls through at a time: one success
+closes, one failure opens again, each time for `factor` times as long up to `open_s_max`.
 
 Promises: a call that is cancelled gives its probe back (it counts for nothing, unless it had already taken `slow_s`:
 then something hangs, and it is a failure); a call that began before the state changed does not speak for the new
@@ -13,15 +13,20 @@ it refuses) is not a failure.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, TypeVar
 
 from msgspec import Struct
 
 from mist.errors import CircuitOpen, Closed, EndOfStream, InvalidArgument, MistError
+from mist.kit.metrics import Metrics
 
 T = TypeVar("T")
 State = Literal["closed", "open", "half-open"]
+STATES: tuple[State, ...] = ("closed", "open", "half-open")
+SLICES = 10
+"""Of the window: what leaves it leaves in tenths."""
 
 
 class BreakerPolicy(Struct, frozen=True, kw_only=True):
@@ -31,9 +36,14 @@ class BreakerPolicy(Struct, frozen=True, kw_only=True):
     open_s_max: float = 300.0
     probes_max: int = 1
     slow_s: float = 10.0
+    failure_rate: float | None = None
+    window_s: float = 60.0
+    volume_min: int = 20
 
     def __post_init__(self) -> None:
         if self.failures_max < 1 or self.probes_max < 1 or self.open_s <= 0 or self.factor < 1 or self.slow_s <= 0:
+            raise InvalidArgument(f"breaker policy cannot be right: {self}")
+        if self.window_s <= 0 or self.volume_min < 1 or not (self.failure_rate is None or 0 < self.failure_rate <= 1):
             raise InvalidArgument(f"breaker policy cannot be right: {self}")
 
 
@@ -72,6 +82,8 @@ class Breaker:
         self._probes = 0
         self._open_until = 0.0
         self._open_s = self._policy.open_s
+        self._window: deque[list[float]] = deque()
+        """Slices of the last `window_s`: [number of the slice, calls, failures]."""
         self._successes = self._failures = self._rejections = self._opened = 0
 
     @property
@@ -98,7 +110,11 @@ class Breaker:
         try:
             result = await function()
         except Exception as exc:
-            self._settle(generation, not self._classify(exc))
+            failed = True
+            try:
+                failed = self._classify(exc)
+            finally:  # also when the caller's classifier fails: a probe is always given back
+                self._settle(generation, not failed)
             raise
         except BaseException:
             slow = self._clock() - began >= self._policy.slow_s
@@ -129,12 +145,26 @@ class Breaker:
             elif worked is False:
                 self._open_s = min(self._open_s * self._policy.factor, self._policy.open_s_max)
                 self._open()
-        elif worked is True:
-            self._streak = 0
-        elif worked is False:
-            self._streak += 1
-            if self._streak >= self._policy.failures_max:
+        elif worked is not None:
+            self._streak = 0 if worked else self._streak + 1
+            if self._streak >= self._policy.failures_max or self._too_many_fail(worked):
                 self._open()
+
+    def _too_many_fail(self, worked: bool) -> bool:
+        """Take a call into the window, if there is one; whether its share of failures is reached."""
+        policy = self._policy
+        if policy.failure_rate is None:
+            return False
+        now = self._clock() * SLICES / policy.window_s // 1
+        if not self._window or self._window[-1][0] != now:
+            self._window.append([now, 0, 0])
+        self._window[-1][1] += 1
+        self._window[-1][2] += not worked
+        while self._window[0][0] <= now - SLICES:
+            self._window.popleft()
+        calls = sum(entry[1] for entry in self._window)
+        failures = sum(entry[2] for entry in self._window)
+        return calls >= policy.volume_min and failures >= policy.failure_rate * calls
 
     def _open(self) -> None:
         self._opened += 1
@@ -145,5 +175,29 @@ class Breaker:
         before, self._state = self._state, state
         self._generation += 1
         self._streak = self._probes = 0
+        self._window.clear()
         if self._on_change is not None:
             self._on_change(before, state)
+
+
+def watch(metrics: Metrics, breakers: Sequence[Breaker]) -> None:
+    """Show breakers as metrics: `mist_breaker_state` (0 closed, 1 open, 2 half-open), `mist_breaker_calls_total`."""
+
+    def states() -> dict[tuple[str, ...], float]:
+        return {(breaker.name,): STATES.index(breaker.state) for breaker in breakers}
+
+    def calls() -> dict[tuple[str, ...], float]:
+        return {
+            (breaker.name, outcome): number
+            for breaker in breakers
+            for outcome, number in (
+                ("success", breaker.counts.successes),
+                ("failure", breaker.counts.failures),
+                ("rejected", breaker.counts.rejections),
+            )
+        }
+
+    metrics.watch("mist_breaker_state", "0 closed, 1 open, 2 half-open.", states, labels=("breaker",))
+    metrics.watch(
+        "mist_breaker_calls_total", "Calls by what became of them.", calls, labels=("breaker", "outcome"), kind="counter"
+    )  # fmt: skip

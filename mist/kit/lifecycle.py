@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 DRAIN_S = 30.0
 STOP_S = 10.0
-AGAIN = RetryPolicy(wait_s=0.2, wait_s_max=5.0)
+AGAIN = RetryPolicy(wait_s=0.2, wait_s_max=5.0, jitter=0.5)
 """The pauses before a unit is started again; its attempts and deadline do not count here."""
 
 

@@ -23,19 +23,21 @@ T = TypeVar("T")
 
 class RetryPolicy(Struct, frozen=True, kw_only=True):
     """`attempts_max` counts the first call. A wait is drawn from `[(1 - jitter) * w, w]`, with
-    `w = min(wait_s * factor ** n, wait_s_max)`; `wait_s_max` 0 = no cap. `deadline_s` None = no deadline."""
+    `w = min(wait_s * factor ** n, wait_s_max)`; `wait_s_max` 0 = no cap. The default jitter of 1 is full jitter: callers that
+    failed together come back apart. `attempt_s` bounds one attempt, `deadline_s` all of them; None = no bound."""
 
     attempts_max: int = 3
     wait_s: float = 0.1
     factor: float = 2.0
     wait_s_max: float = 5.0
-    jitter: float = 0.5
+    jitter: float = 1.0
+    attempt_s: float | None = None
     deadline_s: float | None = 30.0
 
     def __post_init__(self) -> None:
         if self.attempts_max < 1 or self.wait_s < 0 or self.factor < 1 or self.wait_s_max < 0:
             raise InvalidArgument(f"retry policy cannot be right: {self}")
-        if not 0 <= self.jitter <= 1 or (self.deadline_s is not None and self.deadline_s <= 0):
+        if not 0 <= self.jitter <= 1 or any(s is not None and s <= 0 for s in (self.attempt_s, self.deadline_s)):
             raise InvalidArgument(f"retry policy cannot be right: {self}")
 
     def pause_s(self, failures: int, draw: float) -> float:
@@ -63,25 +65,29 @@ async def retry(
 ) -> T:
     """`await call()`, again while that can help. `on_retry(error, failures, wait_s)` is told before each wait.
 
-    The deadline also bounds each attempt: one that outlives it is cancelled and raises TimedOut, or the error of
-    the attempt before where there is one.
+    An attempt that outlives `attempt_s` is cancelled and counts as TimedOut, which is retryable. The deadline also bounds
+    each attempt: one that outlives it is cancelled and raises TimedOut, or the error of the attempt before where there is one.
     """
     policy = policy or RetryPolicy()
     until = None if policy.deadline_s is None else clock() + policy.deadline_s
     failures = 0
     last: Exception | None = None
     while True:
+        left = None if until is None else max(0.0, until - clock())
+        final = left is not None and (policy.attempt_s is None or left <= policy.attempt_s)
+        limit = asyncio.timeout(left if final else policy.attempt_s)
         try:
-            if until is None:
-                return await call()
-            async with asyncio.timeout(max(0.0, until - clock())) as limit:
+            async with limit:
                 return await call()
         except TimeoutError as exc:
-            if until is not None and limit.expired():
-                if last is not None:
-                    raise last from exc
-                raise TimedOut(f"no answer within {policy.deadline_s} s") from exc
             error: Exception = exc
+            if limit.expired():
+                if final:
+                    if last is not None:
+                        raise last from exc
+                    raise TimedOut(f"no answer within {policy.deadline_s} s") from exc
+                error = TimedOut(f"no answer within {policy.attempt_s} s")
+                error.__cause__ = exc
         except Exception as exc:
             error = exc
         failures += 1

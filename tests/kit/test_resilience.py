@@ -9,7 +9,8 @@ import pytest
 from conftest import run
 
 from mist.errors import CircuitOpen, EndOfStream, InvalidArgument, Malformed, RateLimited, TimedOut, Unavailable
-from mist.kit.breaker import Breaker, BreakerPolicy
+from mist.kit.breaker import Breaker, BreakerPolicy, watch
+from mist.kit.metrics import Metrics
 from mist.kit.retry import RetryPolicy, retry
 
 
@@ -108,11 +109,64 @@ def test_deadline_ends_a_hanging_call() -> None:
 
 def test_policies_that_cannot_be() -> None:
     """Nonsense is refused when the policy is made."""
-    for bad in ({"attempts_max": 0}, {"factor": 0.5}, {"jitter": 2}, {"deadline_s": 0}, {"wait_s": -1}):
+    for bad in (
+        {"attempts_max": 0},
+        {"factor": 0.5},
+        {"jitter": 2},
+        {"deadline_s": 0},
+        {"wait_s": -1},
+        {"attempt_s": 0},
+    ):
         with pytest.raises(InvalidArgument):
             RetryPolicy(**bad)  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument):
-        BreakerPolicy(failures_max=0)
+    for worse in ({"failures_max": 0}, {"failure_rate": 0}, {"failure_rate": 1.1}, {"volume_min": 0}, {"window_s": 0}):
+        with pytest.raises(InvalidArgument):
+            BreakerPolicy(**worse)  # type: ignore[arg-type]
+
+
+def test_the_default_is_full_jitter() -> None:
+    """From nothing to the whole wait, so that those who failed together do not come back together."""
+    policy = RetryPolicy(wait_s=1)
+    assert [policy.pause_s(1, draw) for draw in (0.0, 0.5, 1.0)] == [1, 0.5, 0]
+
+
+def test_an_attempt_that_hangs_is_repeated() -> None:
+    """`attempt_s` bounds one attempt, and its end is retryable; a TimeoutError of the call's own is not ours."""
+    calls: list[int] = []
+
+    async def hangs_once() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            await asyncio.Event().wait()
+        return "done"
+
+    policy = RetryPolicy(attempt_s=0.02, wait_s=0)
+    assert run(retry(hangs_once, policy)) == "done"
+    script = Script(TimeoutError("mine"), "never")
+    with pytest.raises(TimeoutError, match="mine"):
+        run(script.retry(policy))
+
+
+def test_cancelled_while_it_waits() -> None:
+    """The cancellation comes through, not the error of before."""
+
+    async def case() -> None:
+        waiting = asyncio.Event()
+
+        async def sleep(seconds: float) -> None:
+            waiting.set()
+            await asyncio.Event().wait()
+
+        async def fails() -> None:
+            raise Unavailable("x")
+
+        task = asyncio.create_task(retry(fails, sleep=sleep))
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(case())
 
 
 # breaker
@@ -254,3 +308,56 @@ def test_permanent_errors_show_life() -> None:
         with pytest.raises(type(error)):
             c.call(error)
     assert c.breaker.state == "closed"
+
+
+def test_a_share_of_failures_opens_it() -> None:
+    """With enough calls within the window, never two in a row; what is older does not count."""
+    c = Clocked(failures_max=100, failure_rate=0.5, window_s=60, volume_min=10)
+    for _ in range(4):
+        c.call()
+        c.fail()
+    assert c.breaker.state == "closed", "8 calls are too few to judge"
+    c.now += 61
+    for _ in range(4):
+        c.call()
+        c.fail()
+    assert c.breaker.state == "closed", "the 8 before are forgotten"
+    c.call()
+    assert c.breaker.state == "closed", "4 of 9"
+    c.fail()
+    assert c.breaker.state == "open"
+    c.now += 30
+    c.call()
+    assert c.breaker.state == "closed"
+    c.fail()
+    assert c.breaker.state == "closed", "a new state begins with an empty window"
+
+
+def test_a_classifier_that_fails_costs_no_probe() -> None:
+    """Its error comes out, the call counts as a failure, and the next probe gets through."""
+    c = Clocked(failures_max=1, open_s=1)
+    c.fail()
+    c.now = 1
+
+    def broken(error: Exception) -> bool:
+        raise KeyError("classifier")
+
+    c.breaker._classify = broken
+    with pytest.raises(KeyError):
+        c.call(Unavailable("x"))
+    assert c.breaker.state == "open"
+    c.now += 2
+    assert c.call("again") == "again"
+
+
+def test_breakers_as_metrics() -> None:
+    """State and calls, by name."""
+    c = Clocked(failures_max=1, open_s=1)
+    metrics = Metrics()
+    watch(metrics, [c.breaker])
+    c.call()
+    c.fail()
+    assert metrics.get("mist_breaker_state", breaker="peer") == 1
+    c.now = 1
+    assert metrics.get("mist_breaker_state", breaker="peer") == 2
+    assert metrics.get("mist_breaker_calls_total", breaker="peer", outcome="failure") == 1
