@@ -38,7 +38,7 @@ def door(store: Callable[[], Path]) -> Tool:
             return sequences
 
         platform.facts = lambda: {"accepted": accepted}
-        platform.doors[DOOR] = server.ingest(counted, path=DOOR, reply=platform.reply)
+        platform.doors[DOOR] = server.ingest(counted, path=DOOR, reply=platform.reply, shared=True)
         platform.ready.set()
         await platform.stop.wait()
 
