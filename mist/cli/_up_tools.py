@@ -40,7 +40,7 @@ def door(store: Callable[[], Path], *, intake: Intake) -> Tool:
             return sequences
 
         platform.facts = lambda: {"accepted": accepted, **intake.facts()}
-        platform.doors[DOOR] = server.ingest(intake.before(counted), path=DOOR, reply=platform.reply)
+        platform.doors[DOOR] = server.ingest(intake.before(counted), path=DOOR, reply=platform.reply, shared=True)
         platform.ready.set()
         await platform.stop.wait()
 

@@ -42,10 +42,11 @@ from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import HEALTH_PING
 from mist.protocol.url import Url, has_scheme, parse_url
 from mist.transport import dial
+from mist.transport._calls import Replies
 from mist.transport._lines import Position
 from mist.transport.base import Transport
 from mist.transport.file import FileTransport
-from mist.transport.server import HttpServer, Limits, Replies
+from mist.transport.server import HttpServer, Limits
 from mist.transport.stream import open_place
 
 BATCH_MAX = 500

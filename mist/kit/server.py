@@ -17,13 +17,14 @@ import importlib.util
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
 
 from mist.errors import Closed, Internal, InvalidArgument, MistError, NotFound, TransportError, Unavailable
+from mist.kit.http1 import Door, Http1
 from mist.kit.logging import trace
 from mist.protocol.tracecontext import TraceContext, parse_traceparent
 
@@ -76,8 +77,8 @@ async def reply(scope: Scope, send: Send, answer: Answer) -> None:
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else answer.body})
 
 
-def _trace_of(scope: Scope) -> TraceContext | None:
-    for name, value in scope["headers"]:
+def _trace_of(headers: Iterable[tuple[bytes, bytes]]) -> TraceContext | None:
+    for name, value in headers:
         if name == b"traceparent":
             return parse_traceparent(value.decode("latin-1"))
     return None
@@ -118,7 +119,7 @@ class Site:
             await send(event)
 
         route, app = self._find(scope["path"])
-        token = trace.set(_trace_of(scope))
+        token = trace.set(_trace_of(scope["headers"]))
         try:
             if app is None:
                 await reply(scope, noted, self._nowhere(scope["path"]))
@@ -136,6 +137,22 @@ class Site:
         finally:
             if self._seen is not None:
                 self._seen(scope["method"], route, status, self._clock() - began)
+            trace.reset(token)
+
+    def direct(self, path: str) -> Door | None:
+        """What serves the path without ASGI, see http1.py: an app that has a `direct` of its own."""
+        app = self._find(path)[1]
+        find: Callable[[str], Door | None] | None = getattr(app, "direct", None)
+        return find(path) if find is not None else None
+
+    def answered(self, method: str, path: str, headers: list[tuple[bytes, bytes]], status: int, seconds: float) -> None:
+        """A door has answered; apps are seen in `__call__`."""
+        if self._seen is None:
+            return
+        token = trace.set(_trace_of(headers))
+        try:
+            self._seen(method, self._find(path)[0], status, seconds)
+        finally:
             trace.reset(token)
 
     def _find(self, path: str) -> tuple[str, App | None]:
@@ -166,8 +183,8 @@ def parse_address(text: str) -> tuple[str, int]:
 
 class AppServer:
     """An ASGI app on uvicorn, in the running event loop. Port 0 takes a free one; `url`, which ends with `path`, says
-    which. `http` is the parser: httptools is the faster one and in the extra `fast`, "auto" takes it where it is
-    installed. (uvloop belongs to who makes the loop: `mist.kit.signals.run`.)"""
+    which. `http` is the protocol: "auto" is our own (http1.py) where httptools is installed (the extra `fast`), else
+    uvicorn's on h11. (uvloop belongs to who makes the loop: `mist.kit.signals.run`.)"""
 
     def __init__(
         self,
@@ -207,7 +224,7 @@ class AppServer:
         port = listener.getsockname()[1]
         host = f"[{self._host}]" if family == socket.AF_INET6 else self._host
         config = uvicorn.Config(
-            self._app, http=self._http, log_config=None, access_log=False, lifespan="off", ws="none",
+            self._app, http=_protocol(self._http), log_config=None, access_log=False, lifespan="off", ws="none",
             proxy_headers=False, server_header=False, timeout_graceful_shutdown=max(1, round(self._close_s)),
         )  # fmt: skip
 
@@ -260,6 +277,12 @@ def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket
         listener.close()
         raise
     return listener
+
+
+def _protocol(http: str) -> Any:
+    if http != "auto":
+        return http
+    return Http1 if importlib.util.find_spec("httptools") is not None else "h11"
 
 
 def _uvicorn() -> Any:

@@ -63,15 +63,23 @@ class Intake:
     @contextlib.contextmanager
     def request(self) -> Iterator[Request]:
         """Raises Overloaded when too many requests are under way."""
-        if self._requests >= self.limits.inflight_requests_max:
-            raise Overloaded(f"{self._requests} requests are under way", retry_after_s=self.limits.retry_after_s)
-        request = Request(self)
-        self._requests += 1
+        request = self.enter()
         try:
             yield request
         finally:
-            self._requests -= 1
-            self._bytes -= request.taken
+            self.leave(request)
+
+    def enter(self) -> Request:
+        """A request that is under way until it leaves. Raises Overloaded."""
+        if self._requests >= self.limits.inflight_requests_max:
+            raise Overloaded(f"{self._requests} requests are under way", retry_after_s=self.limits.retry_after_s)
+        self._requests += 1
+        return Request(self)
+
+    def leave(self, request: Request) -> None:
+        self._requests -= 1
+        self._bytes -= request.taken
+        request.taken = 0
 
     def more(self, size: int) -> None:
         """Count so many bytes more as under way. Raises Overloaded."""
@@ -81,10 +89,16 @@ class Intake:
 
 
 class Request:
-    """One request under way."""
+    """One request under way. Its body comes by `read`, or, where no events are to be awaited, by `begin`, `feed` and
+    `end`."""
+
+    __slots__ = ("_inflate", "_intake", "_parts", "_size", "taken")
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
+        self._inflate: _Inflate | None = None
+        self._parts: list[bytes] = []
+        self._size = 0
         self.taken = 0
 
     def take(self, size: int) -> None:
@@ -100,36 +114,48 @@ class Request:
         """The whole body, inflated. `headers` has lower-case names. Raises Gone, Answer (415, 408), TooLarge,
         Overloaded, Malformed."""
         limits = self._intake.limits
-        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-        if encoding not in (b"identity", b"", b"gzip", b"x-gzip"):
-            raise Answer(
-                415, InvalidArgument(f"content-encoding {encoding.decode('latin-1')!r} is not read here", hint="gzip")
-            )
-        stated = headers.get(b"content-length", b"")
-        if stated.isdigit():
-            self.take(int(stated))
-        inflate = _Inflate(limits) if encoding.endswith(b"gzip") else None
-        parts: list[bytes] = []
-        size = 0
+        self.begin(headers)
         try:
             async with asyncio.timeout(limits.read_timeout_s):
-                while True:
+                more = True
+                while more:
                     event = await receive()
                     if event["type"] == "http.disconnect":
                         raise Gone
-                    chunk = event.get("body", b"")
-                    if chunk:
-                        for part in inflate.feed(chunk) if inflate is not None else (chunk,):
-                            size += len(part)
-                            self.take(size)
-                            parts.append(part)
-                    if not event.get("more_body"):
-                        break
+                    self.feed(event.get("body", b""))
+                    more = event.get("more_body", False)
         except TimeoutError:
             error = TimedOut(f"the body did not arrive within {limits.read_timeout_s} s")
             raise Answer(408, error, ((b"connection", b"close"),)) from None
-        if inflate is not None:
-            inflate.finish()
+        return self.end()
+
+    def begin(self, headers: Mapping[bytes, bytes]) -> None:
+        """Look at what the headers say of the body. Raises Answer (415), TooLarge, Overloaded."""
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None:
+            encoding = encoding.strip().lower()
+            if encoding not in (b"identity", b"", b"gzip", b"x-gzip"):
+                shown = encoding.decode("latin-1")
+                raise Answer(415, InvalidArgument(f"content-encoding {shown!r} is not read here", hint="gzip"))
+            self._inflate = _Inflate(self._intake.limits) if encoding.endswith(b"gzip") else None
+        stated = headers.get(b"content-length", b"")
+        if stated.isdigit():
+            self.take(int(stated))
+
+    def feed(self, data: bytes) -> None:
+        """A piece of the body. Raises TooLarge, Overloaded, Malformed."""
+        if not data:
+            return
+        for part in self._inflate.feed(data) if self._inflate is not None else (data,):
+            self._size += len(part)
+            self.take(self._size)
+            self._parts.append(part)
+
+    def end(self) -> bytes:
+        """The whole body. Raises Malformed for gzip that ends early."""
+        if self._inflate is not None:
+            self._inflate.finish()
+        parts, self._parts = self._parts, []
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

@@ -9,20 +9,24 @@ envelope as JSON, otherwise a line each. All of a request or nothing: every line
 before the sink sees any. Refusals are the flat error JSON `{"code","message","meta","cause"}`: 400 naming the line, 413
 for what is too large (said before the body is read where the length is stated), 405 with Allow, 404 elsewhere, 415 for
 an encoding we do not read, 408 for a body that does not come, 503 with Retry-After while too many bytes or requests
-are under way or the sink is full. Closing finishes the requests under way.
+are under way or the sink is full. Who accepts `text/plain` and no JSON gets the sentence alone. Closing finishes the requests
+under way.
 
 Does not: authenticate, terminate TLS for the world, route. That is the gateway. `ingest` is a bare ASGI app, no
-framework; `HttpServer` runs it on uvicorn (the extra `server`).
+framework, and a door of mist.kit.http1, which spares it what ASGI costs; `HttpServer` runs it on uvicorn's server (the
+extra `server`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from mist.broker.base import Message, Stream
 from mist.errors import (
@@ -34,28 +38,28 @@ from mist.errors import (
     ProtocolError,
     TooLarge,
 )
-from mist.kit.server import App, AppServer, Receive, Scope, Send
+from mist.kit.http1 import Door, Exchange, Headers, Respond
+from mist.kit.server import AppServer, Receive, Scope, Send
 from mist.protocol import codec
 from mist.protocol.envelope import Envelope
 from mist.protocol.subject import subject_for
+from mist.transport._calls import Calls, Replies
 from mist.transport._lines import encode_lines
-from mist.transport.body import Answer, Gone, Intake
+from mist.transport.body import Answer, Gone, Intake, Request
 from mist.transport.body import Limits as Limits
 
 _log = logging.getLogger("mist.transport.server")
 
 
-class Replies(Struct, frozen=True):
-    """What a sink that answers gives back instead of sequences."""
-
-    envelopes: list[Envelope]
-
-
 Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | Replies | None]]
 """Stores envelopes; returns when that is done, with their sequences where it has any. Or answers them."""
 
-_NDJSON = (codec.NDJSON, "application/jsonl", "application/ndjson", "application/jsonlines")
+_NDJSON = (codec.NDJSON.encode(), b"application/jsonl", b"application/ndjson", b"application/jsonlines")
 _INT_SAFE = 2**53
+_TYPE = (b"content-type", b"application/json")
+
+
+_subject = lru_cache(maxsize=4096)(subject_for)
 
 
 def stream_sink(stream: Stream) -> Callable[[list[Envelope]], Awaitable[Sequence[int]]]:
@@ -68,7 +72,7 @@ def stream_sink(stream: Stream) -> Callable[[list[Envelope]], Awaitable[Sequence
 
 
 def to_message(envelope: Envelope) -> Message:
-    return Message(subject_for(envelope.type), codec.encode(envelope), envelope.id)
+    return Message(_subject(envelope.type), codec.encode(envelope), envelope.id)
 
 
 def ingest(
@@ -77,25 +81,37 @@ def ingest(
     path: str = "/mist",
     limits: Limits | None = None,
     reply: Callable[[Envelope], Envelope | None] | None = None,
-) -> App:
-    """The ASGI app. `sink` is a stream or a coroutine function over a list of envelopes.
+    shared: bool | None = None,
+) -> Ingest:
+    """The door at `path`. `sink` is a stream or a coroutine function over a list of envelopes.
 
     An envelope that comes alone and that `reply` has an answer for (a `health.ping`) is answered with 200 and that
     envelope, and is not stored.
+
+    `shared`: small requests of the same moment may share one call of the sink (the default for a stream). A sink that
+    stores, and gives a sequence for each envelope or None, can be shared; one that answers cannot. When a shared call
+    fails by the fault of one envelope, each of its requests is tried by itself: the sink has to bear repeats.
     """
     store = stream_sink(sink) if isinstance(sink, Stream) else sink
-    return _Ingest(store, path, limits or Limits(), reply)
+    calls = Calls(store, isinstance(sink, Stream) if shared is None else shared)
+    return Ingest(calls, path, limits or Limits(), reply)
 
 
-class _Ingest:
+class Ingest(Door):
+    """An ASGI app, and the door of mist.kit.http1 for its path."""
+
     def __init__(
-        self, store: Sink, path: str, limits: Limits, reply: Callable[[Envelope], Envelope | None] | None
+        self, calls: Calls, path: str, limits: Limits, reply: Callable[[Envelope], Envelope | None] | None
     ) -> None:
-        self._store = store
-        self._reply = reply
-        self._path = path
-        self._limits = limits
-        self._intake = Intake(limits)
+        self.path = path
+        self.limits = limits
+        self.body_s_max = limits.read_timeout_s
+        self.intake = Intake(limits)
+        self.reply = reply
+        self.calls = calls
+
+    def direct(self, path: str) -> Door | None:
+        return self if path == self.path else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -103,68 +119,125 @@ class _Ingest:
             return
         if scope["type"] != "http":
             raise Internal(f"a {scope['type']} connection reached an app that speaks HTTP only")
+        headers: Headers = [(bytes(k).lower(), bytes(v)) for k, v in scope["headers"]]
         try:
-            status, body, headers = await self._answer(scope, receive)
+            status, body, more = await self._answer(scope, headers, receive)
         except Gone:
             return
-        except Answer as exc:
-            status, body, headers = exc.status, msgspec.json.encode(exc.error.to_wire()), [_TYPE, *exc.headers]
-        except MistError as exc:
-            status, body, headers = self._refuse(exc)
         except Exception as exc:
-            _log.exception("the sink of POST %s failed", self._path)
-            wire = Internal(f"the server failed: {type(exc).__name__}").to_wire()
-            status, body, headers = 500, msgspec.json.encode(wire), [_TYPE]
-        headers.append((b"content-length", b"%d" % len(body)))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+            status, body, more = self.refusal(exc, headers)
+        more = [*more, (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": status, "headers": more})
         await send({"type": "http.response.body", "body": body})
 
-    async def _answer(self, scope: Scope, receive: Receive) -> tuple[int, bytes, _Headers]:
-        if scope["path"] != self._path:
-            raise NotFound(f"nothing is served at {scope['path']}", hint=f"POST {self._path}")
-        if scope["method"] != "POST":
-            error = InvalidArgument(f"{scope['method']} is not served at {self._path}", hint="POST")
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive) -> tuple[int, bytes, Headers]:
+        if scope["path"] != self.path:
+            raise NotFound(f"nothing is served at {scope['path']}", hint=f"POST {self.path}")
+        self._check(scope["method"])
+        named = dict(headers)
+        answered: asyncio.Future[tuple[int, bytes, Headers]] = asyncio.get_running_loop().create_future()
+
+        def respond(status: int, body: bytes, more: Headers) -> None:
+            if not answered.done():
+                answered.set_result((status, body, more))
+
+        with self.intake.request() as request:
+            self.take(await request.read(named, receive), named, headers, respond)
+            return await answered
+
+    def _check(self, method: str) -> None:
+        if method != "POST":
+            error = InvalidArgument(f"{method} is not served at {self.path}", hint="POST")
             raise Answer(405, error, ((b"allow", b"POST"),))
-        headers = {bytes(k).lower(): bytes(v) for k, v in scope["headers"]}
-        content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
-        with self._intake.request() as request:
-            body = await request.read(headers, receive)
-            envelopes, single = _parse(body, content_type, self._limits)
-            if not envelopes:
-                return 202, b'{"accepted":0}', [_TYPE]
-            if single and self._reply is not None and (answer_envelope := self._reply(envelopes[0])) is not None:
-                return 200, codec.encode(answer_envelope), [_TYPE]
-            sequences = await self._store(envelopes)
-        if isinstance(sequences, Replies):
-            if sequences.envelopes:
-                return _reply(sequences.envelopes, single)
-            sequences = None
-        if single:
-            return 202, b"", [(b"mist-sequence", b"%d" % sequences[0])] if sequences else []
-        answer: dict[str, Any] = {"accepted": len(envelopes)}
-        if sequences:
-            answer["first"] = _json_int(sequences[0])
-            answer["last"] = _json_int(sequences[-1])
-        return 202, msgspec.json.encode(answer), [_TYPE]
 
-    def _refuse(self, error: MistError) -> tuple[int, bytes, _Headers]:
-        status = error.http_status
-        headers: _Headers = [_TYPE]
-        if error.code in ("storage_full", "closed"):
-            status = 503  # what the seed's senders know as "full, come back": the code in the body says which
-        if status in (429, 503):
-            wait = error.retry_after_s if error.retry_after_s is not None else self._limits.retry_after_s
-            headers.append((b"retry-after", b"%d" % max(1, round(wait))))
-        if status in (413, 503):
-            headers.append((b"connection", b"close"))  # the rest of the body is not read
-        return status, msgspec.json.encode(error.to_wire()), headers
+    def begin(self, method: bytes, headers: Headers) -> Exchange:
+        self._check(method.decode("latin-1"))
+        return _Direct(self, headers)
+
+    def take(self, body: bytes, named: dict[bytes, bytes], headers: Headers, respond: Respond) -> None:
+        """Read the envelopes of a body and store them; then `respond`. Raises ProtocolError, TooLarge."""
+        envelopes, single = _parse(body, named.get(b"content-type", b""), self.limits)
+        if not envelopes:
+            respond(202, b'{"accepted":0}', [_TYPE])
+            return
+        if single and self.reply is not None and (said := self.reply(envelopes[0])) is not None:
+            respond(200, codec.encode(said), [_TYPE])
+            return
+
+        def done(stored: Sequence[int] | Replies | None, error: Exception | None) -> None:
+            if error is None:
+                respond(*_accepted(stored, len(envelopes), single))
+            else:
+                respond(*self.refusal(error, headers))
+
+        self.calls.put(envelopes, done)
+
+    def refusal(self, error: Exception, headers: Headers) -> tuple[int, bytes, Headers]:
+        more: tuple[tuple[bytes, bytes], ...] = ()
+        if isinstance(error, Answer):
+            status, known, more = error.status, error.error, error.headers
+        elif isinstance(error, MistError):
+            status, known = error.http_status, error
+            if error.code in ("storage_full", "closed"):
+                status = 503  # what the seed's senders know as "full, come back": the code in the body says which
+            if status in (429, 503):
+                wait = error.retry_after_s if error.retry_after_s is not None else self.limits.retry_after_s
+                more += ((b"retry-after", b"%d" % max(1, round(wait))),)
+            if status in (413, 503):
+                more += ((b"connection", b"close"),)  # the rest of the body is not read
+        else:
+            _log.error("the sink of POST %s failed", self.path, exc_info=error)
+            status, known = 500, Internal(f"the server failed: {type(error).__name__}")
+        if any(n == b"accept" and b"text/plain" in v and b"json" not in v for n, v in headers):
+            return status, f"{known}\n".encode(), [(b"content-type", b"text/plain; charset=utf-8"), *more]
+        return status, msgspec.json.encode(known.to_wire()), [_TYPE, *more]
 
 
-_Headers = list[tuple[bytes, bytes]]
-_TYPE = (b"content-type", b"application/json")
+class _Direct(Exchange):
+    """A request that comes without ASGI."""
+
+    __slots__ = ("_door", "_headers", "_named", "_request")
+
+    def __init__(self, door: Ingest, headers: Headers) -> None:
+        self._door = door
+        self._headers = headers
+        self._named = dict(headers)
+        self._request: Request | None = door.intake.enter()
+        try:
+            self._request.begin(self._named)
+        except BaseException:
+            self.left()
+            raise
+
+    def feed(self, data: bytes) -> None:
+        if self._request is not None:
+            self._request.feed(data)
+
+    def end(self, respond: Respond) -> None:
+        if self._request is not None:
+            self._door.take(self._request.end(), self._named, self._headers, respond)
+
+    def left(self) -> None:
+        request, self._request = self._request, None
+        if request is not None:
+            self._door.intake.leave(request)
 
 
-def _reply(replies: list[Envelope], single: bool) -> tuple[int, bytes, _Headers]:
+def _accepted(stored: Sequence[int] | Replies | None, count: int, single: bool) -> tuple[int, bytes, Headers]:
+    if isinstance(stored, Replies):
+        if stored.envelopes:
+            return _reply(stored.envelopes, single)
+        stored = None
+    if single:
+        return 202, b"", [(b"mist-sequence", b"%d" % stored[0])] if stored else []
+    answer: dict[str, Any] = {"accepted": count}
+    if stored:
+        answer["first"] = _json_int(stored[0])
+        answer["last"] = _json_int(stored[-1])
+    return 202, msgspec.json.encode(answer), [_TYPE]
+
+
+def _reply(replies: list[Envelope], single: bool) -> tuple[int, bytes, Headers]:
     if single and len(replies) == 1:
         return 200, codec.encode(replies[0]), [_TYPE]
     return 200, encode_lines(replies).data, [(b"content-type", codec.NDJSON.encode())]
@@ -182,9 +255,9 @@ def _json_int(sequence: int) -> int | str:
     return sequence if sequence <= _INT_SAFE else str(sequence)
 
 
-def _parse(body: bytes, content_type: str, limits: Limits) -> tuple[list[Envelope], bool]:
+def _parse(body: bytes, content_type: bytes, limits: Limits) -> tuple[list[Envelope], bool]:
     """The envelopes of a body, and whether it was a single one. Raises the first error, naming the line."""
-    if content_type in _NDJSON:
+    if content_type != b"application/json" and content_type.split(b";")[0].strip().lower() in _NDJSON:
         return _parse_lines(body, limits), False
     start = body.lstrip(b" \t\r\n")[:1]
     if start == b"[":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -33,7 +34,7 @@ from mist.errors import (
     Unavailable,
     Unsupported,
 )
-from mist.kit.server import _listen, parse_address
+from mist.kit.server import AppServer, _listen, parse_address
 from mist.protocol import codec
 from mist.protocol.envelope import Envelope
 from mist.testing.transports import envelope
@@ -49,11 +50,29 @@ def lines(*envelopes: Envelope) -> bytes:
     return codec.encode_lines(envelopes)
 
 
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How `post` reaches the app."""
+    _way.append(request.param)
+    yield
+    _way.pop()
+
+
+every_way = pytest.mark.parametrize("way", ["asgi", "http1", "uvicorn"], indirect=True)
+"""Directly, by our own protocol, by uvicorn's: all have to say the same."""
+
+_way = ["asgi"]
+
+
 async def post(
     app: Any, body: Any, headers: dict[str, str], path: str = "/mist", method: str = "POST"
 ) -> httpx.Response:
-    """One request straight into the ASGI app."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+    """One request to the app."""
+    if _way[-1] == "asgi":
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            return await client.request(method, path, content=body, headers=headers)
+    http: Any = "auto" if _way[-1] == "http1" else "httptools"
+    async with AppServer(app, http=http) as running, httpx.AsyncClient(base_url=running.url) as client:
         return await client.request(method, path, content=body, headers=headers)
 
 
@@ -81,7 +100,8 @@ def refused(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
 # what is accepted
 
 
-def test_single_envelope_has_an_empty_answer() -> None:
+@every_way
+def test_single_envelope_has_an_empty_answer(way: None) -> None:
     """One document: 202 with an empty body, as the Go library's, whatever the content type; its sequence in a header."""
 
     async def case() -> None:
@@ -98,7 +118,8 @@ def test_single_envelope_has_an_empty_answer() -> None:
     run(case())
 
 
-def test_batches_say_how_many() -> None:
+@every_way
+def test_batches_say_how_many(way: None) -> None:
     """NDJSON and arrays are answered with the count and the sequences; an empty batch is accepted and stored nowhere."""
 
     async def case() -> None:
@@ -117,7 +138,8 @@ def test_batches_say_how_many() -> None:
     run(case())
 
 
-def test_stream_sink_stores_before_the_answer() -> None:
+@every_way
+def test_stream_sink_stores_before_the_answer(way: None) -> None:
     """Over a stream, what was answered 202 is in it: subject = type, id = envelope id, stored once when repeated."""
 
     async def case() -> None:
@@ -134,7 +156,8 @@ def test_stream_sink_stores_before_the_answer() -> None:
     run(case())
 
 
-def test_gzip_bodies() -> None:
+@every_way
+def test_gzip_bodies(way: None) -> None:
     """gzip is read, in several members too; other encodings are 415."""
 
     async def case() -> None:
@@ -153,7 +176,8 @@ def test_gzip_bodies() -> None:
 # what is refused
 
 
-def test_bad_lines_are_named_and_nothing_is_stored() -> None:
+@every_way
+def test_bad_lines_are_named_and_nothing_is_stored(way: None) -> None:
     """One bad line refuses the whole request, with its number."""
 
     async def case() -> None:
@@ -177,7 +201,8 @@ def test_bad_lines_are_named_and_nothing_is_stored() -> None:
     run(case())
 
 
-def test_paths_and_methods() -> None:
+@every_way
+def test_paths_and_methods(way: None) -> None:
     """Other methods are 405 with Allow, other paths 404, the trailing slash too."""
 
     async def case() -> None:
@@ -192,7 +217,8 @@ def test_paths_and_methods() -> None:
     run(case())
 
 
-def test_size_limits() -> None:
+@every_way
+def test_size_limits(way: None) -> None:
     """413 for an envelope, a body, a count, an inflated body and a ratio above their limits; each at its limit passes."""
 
     async def case() -> None:
@@ -259,7 +285,8 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def test_too_many_requests_and_bytes() -> None:
+@every_way
+def test_too_many_requests_and_bytes(way: None) -> None:
     """Above the number of requests or bytes under way: 503 with Retry-After; as soon as there is room, 202."""
 
     async def case(limits: Limits, held_requests: int) -> None:
@@ -313,7 +340,8 @@ def test_disconnected_sender_stores_nothing() -> None:
     run(case())
 
 
-def test_sink_errors_become_answers(caplog: pytest.LogCaptureFixture) -> None:
+@every_way
+def test_sink_errors_become_answers(caplog: pytest.LogCaptureFixture, way: None) -> None:
     """A full or closed sink is 503 with Retry-After, other errors of ours their status, foreign ones 500 and logged."""
 
     async def case() -> None:
@@ -361,6 +389,77 @@ def test_lifespan() -> None:
         assert said == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
     run(case())
+
+
+@every_way
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b'{"version":"99","id":"1","source":"s","type":"t","timestamp_ns":1,"payload":null}', "version_unsupported"),
+        (b'{"version":"1","source":"s","type":"t","timestamp_ns":1,"payload":null}', "missing_field"),
+        (b'{"version":"1","id":"","source":"s","type":"t","timestamp_ns":1,"payload":null}', "missing_field"),
+        (b'{"version":"1","id":"1","source":"s","type":"t","timestamp_ns":1,"payload":1,"checksum":7}', "checksum_mismatch"),
+        (b'{"version":"1","id":"1","source":"s","type":"t","timestamp_ns":1,"payload":1} garbage', "malformed"),
+        (b'{"version":"1","id":"1","source":"s","type":"t","timestamp_ns":1,"payload":[1e999]}', "not_finite"),
+    ],
+)  # fmt: skip
+def test_what_the_seed_lets_in(way: None, body: bytes, code: str) -> None:
+    """Each of these is 202 at the seed's doors. Here it is 400 with its code, and nothing is stored."""
+
+    async def case() -> None:
+        sink = Taken()
+        said = refused(await post(ingest(sink), body, JSON), 400, code)
+        assert all(value is not None for value in said.values())
+        assert sink.envelopes == []
+
+    run(case())
+
+
+@every_way
+def test_errors_in_plain_text(way: None) -> None:
+    """Who accepts text and not JSON gets the sentence, as from the seed; with the same status and headers."""
+
+    async def case() -> None:
+        app = ingest(Taken())
+        for accept in ("text/plain", "text/plain;q=0.9, text/html"):
+            answer = await post(app, b"bad", {**JSON, "accept": accept})
+            assert (answer.status_code, answer.headers["content-type"]) == (400, "text/plain; charset=utf-8")
+            assert answer.text.startswith("envelope: ")
+        refused(await post(app, b"bad", {**JSON, "accept": "application/json, text/plain"}), 400, "malformed")
+        answer = await post(app, b"", {"accept": "text/plain"}, method="GET")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+    run(case())
+
+
+def test_concurrent_posts_share_appends() -> None:
+    """Many posts at once into a log: fewer appends than posts, each post told its own sequence, each envelope stored once;
+    one whose type makes no subject is refused alone."""
+
+    async def case(place: str) -> None:
+        async with connect(f"log:{place}") as broker:
+            stream = await broker.open("s")
+            appends: list[int] = []
+            append = stream.append
+
+            async def counted(messages: Any, **kw: Any) -> list[int]:
+                appends.append(len(messages))
+                return await append(messages, **kw)
+
+            stream.append = counted  # type: ignore[method-assign]
+            async with serve(stream) as door, httpx.AsyncClient() as client:
+                bad = envelope(99, type="t" * 300)
+                sent = [*[envelope(n) for n in range(40)], bad]
+                answers = await asyncio.gather(*[client.post(door.url, content=codec.encode(e)) for e in sent])
+            refused(answers.pop(), 400, "validation")
+            sequences = [int(a.headers["mist-sequence"]) for a in answers]
+            assert sorted(sequences) == list(range(1, 41))
+            records = {r.sequence: r.id for r in (await stream.read()).records}
+            assert [records[s] for s in sequences] == [e.id for e in sent[:-1]]
+            assert len(appends) < 41
+
+    with tempfile.TemporaryDirectory() as place:
+        run(case(place))
 
 
 # the server as a process part
