@@ -359,6 +359,20 @@ def _ours(payload: bytes) -> tuple[bytes, str, str]:
 
 
 def _read_protobuf(raw: bytes) -> tuple[str, Any]:
+    size = len(raw)
+    # Most attributes that were not seen before are a short text under a short key: read by hand in half the time.
+    value = raw[1] + 4 if 8 < size < 128 else size
+    if (
+        value + 2 < size
+        and raw[0] == raw[value] == 0x0A
+        and raw[value - 2] == 0x12
+        and raw[value - 1] == size - value
+        and raw[value + 1] == size - value - 2
+    ):
+        try:
+            return raw[2 : value - 2].decode(), raw[value + 2 :].decode()
+        except UnicodeDecodeError:
+            pass  # protobuf's own reader says what is wrong
     pair = wire.common.KeyValue.FromString(raw)
     return pair.key, _plain(pair.value, 0)
 

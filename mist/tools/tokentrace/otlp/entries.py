@@ -62,6 +62,7 @@ class Entries:
 
     def of(self, raws: Iterable[bytes]) -> list[Entry]:
         """In their order, every name once. Raises Malformed; TooDeep for a value nested too deeply."""
+        raws = list(raws)
         found: list[Any] = list(map(self._known.get, raws))
         if not all(found):
             found = [entry or self._make(raw) for entry, raw in zip(found, raws, strict=True)]
@@ -73,8 +74,7 @@ class Entries:
         entry = self._before.get(raw)
         if entry is None:
             key, value = self._read(raw)
-            known = self._keys.get(key) or self._key(key)
-            name, prefix, bare, special, column, rank, read = known
+            name, prefix, bare, special, column, rank, read = self._keys.get(key) or self._key(key)
             json = json_text(value)
             text, filled = prefix + json, ""
             if read is not None:
@@ -84,7 +84,8 @@ class Entries:
                     filled = f'"{column}":{json_text(fills)}'
                     if not rank:
                         text = f"{text},{filled}"
-            entry = Entry(name, text, special, column, rank, filled, bare + json)
+            # without the constructor's own Python, which is a third of all this
+            entry = tuple.__new__(Entry, (name, text, special, column, rank, filled, bare + json))
         if len(raw) <= ENTRY_BYTES_MAX:
             if len(self._known) >= ENTRIES_MAX:
                 self._before, self._known = self._known, {}
