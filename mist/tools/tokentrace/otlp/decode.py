@@ -5,7 +5,7 @@ ProtocolError and yields nothing; a span that cannot become an envelope is count
 span always makes the same bytes and the same envelope id, in either encoding.
 
 The payload's JSON is put together once, from pieces: an attribute that was seen before, byte for byte, is looked up
-(`Entries`), because most attributes of a batch repeat. Memory: those tables, a few MiB.
+(`Entries`), because most attributes of a batch repeat. Memory: those tables, some 10 MiB each at the very most.
 """
 
 from __future__ import annotations

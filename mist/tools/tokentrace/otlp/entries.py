@@ -12,7 +12,7 @@ from mist.errors import Malformed
 from mist.tools.tokentrace.otlp import genai, names
 
 ENTRIES_MAX = 8192
-ENTRY_BYTES_MAX = 256
+ENTRY_BYTES_MAX = 128
 
 _name = itemgetter(0)
 _encode = msgspec.json.Encoder().encode
