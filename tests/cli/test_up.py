@@ -20,9 +20,9 @@ from conftest import run
 import mist
 from cli.conftest import Cli, envelope, records
 from mist.broker.base import Broker
-from mist.cli import _up_platform
+from mist.cli import _up_platform, _up_tools
 from mist.cli._up_platform import Platform, Running
-from mist.errors import Conflict, Internal, TimedOut, Unavailable
+from mist.errors import Conflict, Internal, InvalidArgument, TimedOut, Unavailable
 from mist.kit.local import LocalServer, free_port
 from mist.kit.signals import AGAIN_S
 from mist.protocol.codec import decode, encode
@@ -534,3 +534,32 @@ def test_health_without_a_broker_and_while_draining() -> None:
             await running.site({"type": "websocket"}, None, None)  # type: ignore[arg-type]
 
     run(body_of())
+
+
+def test_otlp_without_its_extra_is_left_out_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, log: str
+) -> None:
+    """Left out with a line on stderr; asked for by name it is an error with the install line."""
+
+    def gone(store: Any, *, grpc_listen: str = "") -> Any:
+        raise InvalidArgument(
+            "OTLP needs a package that is not installed (google)", hint="pip install 'mist-stack[otel]'"
+        )
+
+    async def nothing(*args: Any, **kw: Any) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(_up_tools, "otlp", gone)
+    monkeypatch.setattr(_up_platform, "run", nothing)
+    left_out = cli("-u", log, "up")
+    assert left_out.code == 0
+    assert "otlp is left out: OTLP needs a package that is not installed" in left_out.err
+    for asked in (("--tools", "otlp"), ("--otlp-grpc", "127.0.0.1:0")):
+        refused = cli("-u", log, "up", *asked)
+        assert refused.code == 2
+        assert "mist-stack[otel]" in refused.err
+
+
+def test_otlp_over_grpc_needs_the_tool(cli: Cli, log: str) -> None:
+    """Otherwise the option would be ignored without a word."""
+    assert cli("-u", log, "up", "--tools", "door", "--otlp-grpc", "127.0.0.1:0").code == 2

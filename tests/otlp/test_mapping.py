@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from mist.errors import InvalidArgument, Malformed, ProtocolError, TooLarge
 from mist.protocol import codec
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TraceSpan
-from mist.tools.tokentrace.otlp import genai
+from mist.tools.tokentrace.otlp import genai, names
 from mist.tools.tokentrace.otlp.decode import decode_json, decode_protobuf
 from mist.tools.tokentrace.otlp.encode import encode_json, encode_protobuf, request_of
 
@@ -489,3 +490,26 @@ def test_integers_beyond_64_bits_become_doubles() -> None:
     (span,) = request_of([env]).resource_spans[0].scope_spans[0].spans
     values = {a.key: a.value.double_value for a in span.attributes}
     assert (values["n"], values["m"]) == (2.0**70, math.inf)
+
+
+def test_the_reference_names_every_name() -> None:
+    """The tables of docs/reference/otlp.md say what is read, what is written and where the rest is kept."""
+    page = (Path(__file__).parents[2] / "docs/reference/otlp.md").read_text()
+    reserved = [
+        value for key, value in vars(names).items() if key.isupper() and str(value).startswith(("otel.", "mist."))
+    ]
+    reserved.remove(names.DROPPED_COUNT)
+    for name in (*genai.SOURCES, *genai.COLUMNS, genai.OPERATION, *reserved, *names.ID_NAMES, *names.KINDS[1:]):
+        assert f"`{name}" in page, name
+    for status in (number for number in names.DROPPED):
+        assert f"`{names.DROPPED_COUNT.format(status)}`" in page
+
+
+def test_texts_are_the_same_whatever_reader_saw_them() -> None:
+    """Short ones are read by hand: at every length around its limits, and where it is not what it seems."""
+    for size in range(132):
+        for key in ("k", "k" * 60):
+            assert attrs(request({key: "é" + "x" * size}))[key] == "é" + "x" * size
+    pair = KeyValue(key="a", value=AnyValue(string_value="bcdefgh")).SerializeToString()
+    with pytest.raises(Malformed):
+        decode_protobuf(request({"a": "bcdefgh"}).replace(pair, pair.replace(b"bc", b"\xed\xa0")))
