@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mist.cli._tools import LimitOption, SinceOption, StoreOption, UntilOption, store_path, time_option
+from mist.cli.options import DryRun
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
 from mist.errors import InvalidArgument
@@ -437,6 +438,64 @@ def export(
             write(msgspec.json.encode(payload_of(span)) + b"\n")
             count += 1
     session.out.note(f"{count} spans written")
+
+
+@app.command()
+async def erase(
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept for ever, so it names nobody.")],
+    trace_id: Annotated[str, typer.Option("--trace", metavar="ID", help="All of one trace.")] = "",
+    user: Annotated[str, typer.Option("--user", metavar="NAME", help="All of one user.")] = "",
+    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="All of one tenant.")] = "",
+    by: Annotated[
+        str, typer.Option("--by", metavar="NAME", help="Who does it; default the user of this machine.")
+    ] = "",
+    dry_run: DryRun = False,
+    stream: StreamOption = "trace",
+    store: StoreOption = "",
+) -> None:
+    """Erase what belongs to one trace, user or tenant: from the stream, its dead letters and the store.
+
+    Two records in the stream `audit` say who, when, why and how many; the value itself is there as a salted digest only.
+    After an error or a kill run it again.
+
+    Examples:
+      mist trace erase --trace 4bf92f3577b34da6a3ce929d0e0e4736 --reason 'ticket 17' --dry-run
+      mist trace erase --user u-4711 --reason 'ticket 18' -y
+    """
+    import getpass
+
+    import msgspec
+
+    from mist.tools.tokentrace.erase import erase as run_erase
+    from mist.tools.tokentrace.erase import find
+    from mist.tools.tokentrace.store import Selector, Store
+
+    session = current()
+    out = session.out
+    selector = Selector(trace_id=trace_id, user=user, tenant=tenant)
+    path = store_path(session.url, "tokentrace", store)
+    broker, opened = await session.reach(stream)
+    found = await find(opened, selector)
+    what = (
+        f"erase {len(found.sequences):,} records of stream {stream} for good, with their dead letters and stored spans"
+    )
+    if dry_run:
+        out.outcome(what, dry_run=True)
+        if found.sequences:
+            session.fail_with(10)
+        return
+    session.confirm(what)
+    with contextlib.ExitStack() as stack:
+        stored = stack.enter_context(Store.open(path)) if path.exists() else None
+        done = await run_erase(
+            broker, stream, stored, selector, reason=reason, by=by or getpass.getuser(), on_event=out.note
+        )
+    if done.behind:
+        out.warn("the store has not read the whole stream yet; if a worker runs, erase again when it has")
+    if done.damaged:
+        out.warn(f"{done.damaged} damaged records could not be looked into")
+        session.fail_with(9)
+    out.item(msgspec.to_builtins(done))
 
 
 def _create(path: Path) -> Any:
