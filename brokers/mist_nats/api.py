@@ -26,6 +26,9 @@ FULL = frozenset({10023, 10047, 10077, 10028, 10027, 10026})
 NO_JETSTREAM = frozenset({10039, 10076})
 BUSY = frozenset({10007, 10008, 10009})
 RESET_BELOW_START = 10204
+NO_MESSAGE = frozenset({10037, 10043})
+"""No message with that sequence."""
+DELETE_FAILED = 10057
 
 
 class ApiError(Exception):
@@ -59,6 +62,7 @@ class State(Struct):
     bytes: int = 0
     first_seq: int = 0
     last_seq: int = 0
+    num_deleted: int = 0
     subjects: dict[str, int] = field(default_factory=dict)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections.abc import Collection
 
 import msgspec
 from msgspec.structs import replace
@@ -27,7 +28,7 @@ from mist_nats.stream import NatsStream, Shared
 from mist_nats.url import Options
 from mist_nats.wire import Frame
 
-CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True, pending=False, verify=False)
+CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True, pending=False, erase=True, verify=False)
 AGE_S_MIN = 0.1
 """JetStream's least max_age and duplicate window."""
 REPLICATED = 3
@@ -70,6 +71,12 @@ class NatsBroker(Broker):
             for (name, _, consumer), found in list(self.deliveries.items()):
                 if name == stream and (len(parts) < 7 or parts[6] == consumer):
                     found.suspect()
+
+    def forget(self, raw: str, sequences: Collection[int]) -> None:
+        """Records were erased: nothing of them that this connection read ahead is handed out any more."""
+        for (stream, _, _), found in list(self.deliveries.items()):
+            if stream == raw:
+                found.forget(sequences)
 
     def wake(self, raw: str) -> None:
         """Records went: fetches that wait because of pending_max ask again (the server does not wake them by itself

@@ -13,7 +13,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,14 @@ class Deliveries:
         self.link.on_lost.append(self.suspect)
 
     # --- life ---
+
+    def forget(self, sequences: Collection[int]) -> None:
+        """These records were erased."""
+        kept = [e for e in self.buffer if e[0].record.sequence not in sequences]
+        self.buffer.clear()
+        self.buffer.extend(kept)
+        self.leases.drop(sequences)
+        self.wake()
 
     def suspect(self) -> None:
         """Something may have happened to the consumer: look before the next call, and let waiting ones look now."""

@@ -53,6 +53,13 @@ class Leases:
             self.returned.clear()
             self.epoch = self._new_epoch()
 
+    def drop(self, sequences: Iterable[int]) -> None:
+        """The server settles the deliveries of these records by itself."""
+        with self._lock:
+            for sequence in sequences:
+                self._held.pop(sequence, None)
+                self.returned.pop(sequence, None)
+
     def give(self, sequences: Iterable[int], tokens: Sequence[str], ack_wait_s: float, received: float) -> None:
         """These are ours now, from monotonic time `received` on."""
         deadline = received + ack_wait_s - min(ack_wait_s * MARGIN, MARGIN_S_MAX)

@@ -27,6 +27,7 @@ from mist.broker.base import (
     check_messages,
     check_position,
     check_read,
+    check_sequences,
 )
 from mist.errors import CursorAhead, InvalidArgument, NotFound, SequenceExpired, Unavailable, Unsupported
 from mist.protocol.subject import matcher
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 TAILS_MAX = 8
 EACH_MAX = 256
+ERASE_AT_ONCE = 64
+"""Requests under way at once while erasing: the server takes one message each."""
 SCAN_BYTES = 8 * 1024 * 1024
 POLL_S = 0.1
 """Between two looks at the end of a stream that cannot be followed."""
@@ -90,6 +93,8 @@ class Shared:
         self.batched = info.config.allow_direct and self.api.link.version >= (2, 11)
         self.followable = info.config.retention == "limits"
         """Others delete what is acked: a consumer beside theirs is refused, or takes away."""
+        self.holes = info.state.num_deleted > 0
+        """Then the number of messages behind one does not tell the last sequence."""
         self.alone = info.config.num_replicas <= 1 and info.config.mirror is None
         self.doubt = self.api.link.generation
 
@@ -292,7 +297,7 @@ class NatsStream(Stream):
     async def _look_at_all(self, after: int, limit: int, bytes_max: int) -> Page:
         batch = await self._batch(seq=after + 1, batch=limit, max_bytes=bytes_max + SLACK, next_by_subj=">")
         records = batch.records
-        if records and records[0].sequence == after + 1 and self.shared.alone:
+        if records and records[0].sequence == after + 1 and self.shared.alone and not self.shared.holes:
             last = records[-1].sequence + max(batch.more, 0)
             return _page(records, last, bytes_max)
         info = await self.state()
@@ -472,6 +477,44 @@ class NatsStream(Stream):
             self._api.link.send(settle(ack_prefix, tails, b"-NAK"))
         self._broker.wake(self.shared.raw)
         return done.purged
+
+    async def erase(self, sequences: Sequence[int]) -> int:
+        """The server overwrites what it removes. Its mirrors, and what other connections were sent, keep theirs; an id stays
+        in its window until that is over."""
+        self._open()
+        check_sequences(sequences)
+        first, last = _bounds((await self.state()).state)
+        wanted = [s for s in sorted(set(sequences)) if first <= s <= last]
+        count = 0
+        for at in range(0, len(wanted), ERASE_AT_ONCE):
+            part = wanted[at : at + ERASE_AT_ONCE]
+            done = await asyncio.gather(*map(self._erase, part), return_exceptions=True)
+            self.shared.holes = True
+            self._broker.forget(self.shared.raw, {s for s, d in zip(part, done, strict=True) if d is True})
+            for error in done:
+                if isinstance(error, BaseException):
+                    raise error
+            count += sum(map(bool, done))
+        if count:
+            for tail in list(self.shared.tails.values()):
+                tail.die()  # it holds records that others may still want: they look for themselves
+            self._broker.wake(self.shared.raw)
+        return count
+
+    async def _erase(self, sequence: int) -> bool:
+        """Whether it was there."""
+        raw = self.shared.raw
+        try:
+            await self._api.call(f"STREAM.MSG.DELETE.{raw}", {"seq": sequence, "no_erase": False})
+        except ApiError as exc:
+            if exc.err_code in js.NO_MESSAGE:
+                return False
+            if exc.err_code == js.DELETE_FAILED:  # it also says so when there is none
+                message = await self._stored(sequence)
+                if message is None or message.seq != sequence:
+                    return False
+            raise translated(exc, f"stream {self.name}: erase") from exc
+        return True
 
     async def verify(self) -> Verification:
         self._open()

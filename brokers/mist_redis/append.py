@@ -141,8 +141,28 @@ class Appender:
     async def _send(self, messages: Sequence[Message], expected: int | None) -> list[int]:
         """One part, one script call."""
         stream = self._stream
-        what = f"stream {stream.name}: append"
-        commands: list[Command] = [run("append", stream.keys, _arguments(messages, expected, stream), *_data(messages))]
+        command = run("append", stream.keys, _arguments(messages, expected, stream), *_data(messages))
+        reply = await self._durably(command, f"stream {stream.name}: append", _ids(messages))
+        return self._sequences(reply, len(messages), expected)
+
+    async def erase(self, ids: Sequence[str]) -> int:
+        """Erase the entries with these ids, as durably as appends are stored; how many there were."""
+        stream = self._stream
+        count = 0
+        for at in range(0, len(ids), PART_MESSAGES):
+            command = run("erase", stream.keys, stream.incarnation_on_server, *ids[at : at + PART_MESSAGES])
+            try:
+                reply = await self._durably(command, f"stream {stream.name}: erase", ())
+            except Ambiguous as exc:
+                raise Ambiguous(exc.message, hint="erase them again") from exc
+            stream.check(reply)
+            count += reply[1]
+        return count
+
+    async def _durably(self, command: Command, what: str, ids: Sequence[str]) -> Any:
+        """The answer of a script that writes, when the stream's durability is reached. Raises Ambiguous with the ids."""
+        stream = self._stream
+        commands: list[Command] = [command]
         replicas, disk = stream.waits
         settings = stream.broker.link.settings
         wait_ms = int(settings.wait_timeout_s * 1000)
@@ -159,21 +179,20 @@ class Appender:
         except NotSent as exc:
             raise Unavailable(f"{what}: {exc}") from exc
         except Lost as exc:
-            raise Ambiguous(f"{what}: {exc}", ids=_ids(messages)) from exc
+            raise Ambiguous(f"{what}: {exc}", ids=ids) from exc
         if isinstance(replies[0], ReplyError):
             raise stream.translate(replies[0], what) from replies[0]
-        sequences = self._sequences(replies[0], len(messages), expected)
-        if waiting:
-            self._waited(replies[1], replicas, disk, messages, what)
-        return sequences
+        if waiting and replies[0][0] == b"ok":
+            self._waited(replies[1], replicas, disk, ids, what)
+        return replies[0]
 
-    def _waited(self, reply: Any, replicas: int, disk: bool, messages: Sequence[Message], what: str) -> None:
+    def _waited(self, reply: Any, replicas: int, disk: bool, ids: Sequence[str], what: str) -> None:
         cause = reply if isinstance(reply, ReplyError) else None
         synced, acknowledged = (0, 0) if cause else reply if disk else (1, reply)
         if cause or acknowledged < replicas or synced < 1:
             raise Ambiguous(
-                f"{what}: stored, but only {acknowledged} of {replicas} replicas and {synced} disks say so in time",
-                ids=_ids(messages),
+                f"{what}: done, but only {acknowledged} of {replicas} replicas and {synced} disks say so in time",
+                ids=ids,
             ) from cause
 
     def _sequences(self, reply: list[Any], count: int, expected: int | None) -> list[int]:
@@ -237,11 +256,11 @@ def _arguments(messages: Sequence[Message], expected: int | None, stream: RedisS
     wanted = ""
     if expected is not None:
         # a position no entry can have holds never
-        wanted = to_id(expected, own=stream.own) if _possible(expected, stream.own) else "-"
+        wanted = to_id(expected, own=stream.own) if possible(expected, stream.own) else "-"
     return _pack((stream.incarnation_on_server, wanted, subjects, ids, headers, sum(sizes), max(sizes)))
 
 
-def _possible(sequence: int, own: bool) -> bool:
+def possible(sequence: int, own: bool) -> bool:
     if sequence < 0 or sequence >= 1 << 63:
         return False
     try:

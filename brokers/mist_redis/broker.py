@@ -23,7 +23,7 @@ from mist_redis.scripts import run
 from mist_redis.stream import RedisStream
 from mist_redis.waiting import Watches
 
-CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True)
+CAPABILITIES = Capabilities(persistent=True, processes=True, threads=True, erase=True)
 FOREIGN = "foreign"
 """The incarnation of a stream somebody else made: Redis keeps nothing that tells a remade one from a trimmed one."""
 OLDEST = (6, 2)

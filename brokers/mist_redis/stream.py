@@ -25,11 +25,12 @@ from mist.broker.base import (
     Verification,
     check_position,
     check_read,
+    check_sequences,
 )
 from mist.errors import Conflict, CursorAhead, MistError, NotFound, SequenceExpired, Unavailable, Unsupported
 from mist.protocol.subject import check_name, dead_stream, matcher
 from mist_redis import durability
-from mist_redis.append import Appender
+from mist_redis.append import Appender, possible
 from mist_redis.consumer import RedisConsumer
 from mist_redis.entry import foreign_subject, records
 from mist_redis.faults import translate
@@ -307,6 +308,16 @@ class RedisStream(Stream):
         except CursorAhead as exc:
             raise CursorAhead(after=before - 1, last=exc.last, stream=self.name) from None
         return int(count)
+
+    async def erase(self, sequences: Sequence[int]) -> int:
+        """Redis marks the entries in their node and frees it when its last entry goes: no command shows them, but their
+        bytes may be in its memory and files until then."""
+        check_sequences(sequences)
+        self.broker.check_open()
+        if not self._waits_known:
+            await self._find_waits()
+        ids = [self.id(s) for s in sorted(set(sequences)) if possible(s, self.own)]
+        return await self._appender.erase(ids)
 
     async def verify(self) -> Verification:
         self.broker.check_open()

@@ -1,7 +1,9 @@
-"""The verbs of `mist trace` that look over a store as a whole, or change it: metrics, rebuild, reprice, retain, alerts."""
+"""The verbs of `mist trace` that look over a store as a whole, or change it: metrics, rebuild, reprice, retain, erase,
+alerts."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from enum import StrEnum
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ import typer
 from mist.cli._tools import StoreOption
 from mist.cli.options import DryRun
 from mist.cli.session import current
-from mist.cli.trace import SpanOptions, app, prices_of, store_of
+from mist.cli.trace import SpanOptions, StreamOption, app, prices_of, store_of
 from mist.errors import InvalidArgument
 from mist.kit.signals import drained
 
@@ -164,6 +166,65 @@ def retain(
         while deleted := opened.retain(before_ns=before, bytes_max=most):
             gone += deleted
     session.out.item({"deleted": gone})
+
+
+@app.command()
+async def erase(
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why; kept for ever, so it names nobody.")],
+    trace_id: Annotated[str, typer.Option("--trace", metavar="ID", help="All of one trace.")] = "",
+    user: Annotated[str, typer.Option("--user", metavar="NAME", help="All of one user.")] = "",
+    tenant: Annotated[str, typer.Option("--tenant", metavar="NAME", help="All of one tenant.")] = "",
+    by: Annotated[
+        str, typer.Option("--by", metavar="NAME", help="Who does it; default the user of this machine.")
+    ] = "",
+    dry_run: DryRun = False,
+    stream: StreamOption = "trace",
+    store: StoreOption = "",
+) -> None:
+    """Erase what belongs to one trace, user or tenant: from the stream, its dead letters and the store.
+
+    Two records in the stream `audit` say who, when, why and how many; the value itself is there as a salted digest only.
+    After an error or a kill run it again.
+
+    Examples:
+      mist trace erase --trace 4bf92f3577b34da6a3ce929d0e0e4736 --reason 'ticket 17' --dry-run
+      mist trace erase --user u-4711 --reason 'ticket 18' -y
+    """
+    import getpass
+
+    import msgspec
+
+    from mist.tools.tokentrace.erase import erase as run_erase
+    from mist.tools.tokentrace.erase import find
+    from mist.tools.tokentrace.store import Selector, Store
+
+    session = current()
+    out = session.out
+    selector = Selector(trace_id=trace_id, user=user, tenant=tenant)
+    place = store_of(session, store)
+    broker, opened = await session.reach(stream)
+    found = await find(opened, selector)
+    what = (
+        f"erase {len(found.sequences):,} records of stream {stream} for good, with their dead letters and stored spans"
+    )
+    if dry_run:
+        out.outcome(what, dry_run=True)
+        if found.sequences:
+            session.fail_with(10)
+        return
+    session.confirm(what)
+    with contextlib.ExitStack() as stack:
+        there = isinstance(place, str) or place.exists()
+        stored = stack.enter_context(Store.open(place)) if there else None
+        done = await run_erase(
+            broker, stream, stored, selector, reason=reason, by=by or getpass.getuser(), on_event=out.note
+        )
+    if done.behind:
+        out.warn("the store has not read the whole stream yet; if a worker runs, erase again when it has")
+    if done.damaged:
+        out.warn(f"{done.damaged} damaged records could not be looked into")
+        session.fail_with(9)
+    out.item(msgspec.to_builtins(done))
 
 
 @app.command()

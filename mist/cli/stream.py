@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from mist.broker.base import StreamConfig, StreamInfo
+from mist.broker.base import Stream, StreamConfig, StreamInfo
 from mist.broker.clock import SYSTEM
 from mist.cli.options import DryRun, FilterOptions, Level, RangeOptions, StreamArg, durability_of
 from mist.cli.position import after_of, parse_position
@@ -17,7 +17,15 @@ from mist.cli.render import escape, moment, seq
 from mist.cli.scan import Bounds, Scan, explain_empty, filter_of
 from mist.cli.session import current
 from mist.cli.wrap import noun
-from mist.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, Unsupported
+from mist.errors import (
+    AlreadyExists,
+    CursorAhead,
+    DataLoss,
+    InvalidArgument,
+    NotFound,
+    SequenceExpired,
+    Unsupported,
+)
 from mist.kit.duration import parse_duration
 from mist.kit.parallel import Pool
 from mist.protocol.subject import check_stream, dead_stream
@@ -26,6 +34,8 @@ app = noun("Streams of a broker.")
 ASK_AT_ONCE = 8
 DAMAGED = 8
 DIFFERENT = 10
+ERASE_MAX = 1_000_000
+"""Sequences of one `erase`."""
 _SIZES = {"": 1, "b": 1, "k": 1024, "kib": 1024, "kb": 1000, "m": 1024**2, "mib": 1024**2, "mb": 1000**2,
           "g": 1024**3, "gib": 1024**3, "gb": 1000**3, "t": 1024**4, "tib": 1024**4, "tb": 1000**4}  # fmt: skip
 
@@ -258,6 +268,83 @@ async def purge(
     session.out.note(f"removed {gone:,} records of stream {target.name}")
     if session.out.format != "table":
         session.out.item({"stream": target.name, "removed": gone, "first": seq((await target.info()).first)})
+
+
+@app.command("erase")
+async def erase(
+    stream: StreamArg,
+    which: Annotated[list[str], typer.Argument(metavar="SEQ|FIRST..LAST...", help="Sequences, and ranges of them.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Erase single records, their bytes too, wherever they lie; everything else stays.
+
+    What that means on each backend is in docs/adr/0014-erasing-records.md. Dead letters and copies are other streams. It
+    can be repeated after any error; records that are not there are passed over.
+
+    Examples:
+      mist stream erase trace 4711
+      mist stream erase trace 17 20..24 --dry-run
+      mist stream erase trace--dead 3 -y
+    """
+    session = current()
+    sequences = _sequences(which)
+    target = await session.stream(stream)
+    if not (await target.info()).capabilities.erase:
+        raise Unsupported("erase", session.target(stream)[0].scheme)
+    there = await _present(target, sequences)
+    what = f"erase {there:,} records of stream {target.name} for good"
+    if dry_run:
+        session.out.outcome(what, dry_run=True)
+        if there:
+            session.fail_with(DIFFERENT)
+        return
+    if there:
+        session.confirm(what)
+    # also when nothing is there: an erasure that was interrupted is finished by repeating it
+    gone = await target.erase(sequences)
+    session.out.note(f"erased {gone:,} records of stream {target.name}")
+    if session.out.format != "table":
+        session.out.item({"stream": target.name, "erased": gone})
+
+
+def _sequences(which: list[str]) -> list[int]:
+    """The sequences of `17` and `20..24`, each once. Raises InvalidArgument."""
+    out: set[int] = set()
+    for text in which:
+        first, dots, last = text.partition("..")
+        bounds = [first, last] if dots else [first, first]
+        if not all(b.isascii() and b.isdigit() and len(b) < 20 for b in bounds):
+            raise InvalidArgument(f"not a sequence: {text[:40]!r}", hint="for example 17, or 20..24")
+        low, high = map(int, bounds)
+        if high < low:
+            raise InvalidArgument(f"{text[:40]} goes backwards", hint=f"{high}..{low}?")
+        if len(out) + high - low >= ERASE_MAX:
+            raise InvalidArgument(
+                f"more than {ERASE_MAX:,} sequences at once", hint="`mist stream purge` takes all up to a position"
+            )
+        out.update(range(low, high + 1))
+    return sorted(out)
+
+
+async def _present(stream: Stream, sequences: list[int]) -> int:
+    """How many of these are there; what cannot be read counts as there."""
+    count = 0
+    wanted = deque(sequences)
+    while wanted:
+        after = wanted[0] - 1
+        try:
+            page = await stream.read(after=max(after, 0), limit=1000)
+        except SequenceExpired as exc:
+            passed, found = exc.first - 1, set[int]()
+        except CursorAhead:
+            break
+        except DataLoss as exc:
+            passed, found = exc.last, set(range(exc.first, exc.last + 1))
+        else:
+            passed, found = max(page.scanned, after + 1), {r.sequence for r in page.records}
+        while wanted and wanted[0] <= passed:
+            count += wanted.popleft() in found
+    return count
 
 
 @app.command("subjects")

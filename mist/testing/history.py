@@ -76,6 +76,18 @@ class Trim(Event, frozen=True, kw_only=True, tag="trim"):
     before: int
 
 
+class Erase(Event, frozen=True, kw_only=True, tag="erase"):
+    """About to erase records; nobody repeats the appends of these."""
+
+    sequences: Runs
+
+
+class Erased(Event, frozen=True, kw_only=True, tag="erased"):
+    """They are gone."""
+
+    sequences: Runs
+
+
 class Save(Event, frozen=True, kw_only=True, tag="save"):
     """About to save a checkpoint."""
 
@@ -153,7 +165,21 @@ class Buried(Event, frozen=True, kw_only=True, tag="buried"):
 
 
 AnyEvent = (
-    Append | Appended | Read | Trim | Save | Saved | Loaded | Consuming | Fetched | Settle | Settled | Looked | Buried
+    Append
+    | Appended
+    | Read
+    | Trim
+    | Erase
+    | Erased
+    | Save
+    | Saved
+    | Loaded
+    | Consuming
+    | Fetched
+    | Settle
+    | Settled
+    | Looked
+    | Buried
 )
 _decoder = msgspec.json.Decoder(AnyEvent)
 _encode = msgspec.json.Encoder().encode
@@ -207,7 +233,7 @@ def spread(of: Runs) -> list[int]:
 
 
 class Problem(NamedTuple):
-    """`promise` is one word: lost, moved, doubled, order, hole, gap, phantom, replay, page, stale, time, checkpoint,
+    """`promise` is one word: lost, moved, doubled, order, hole, gap, phantom, replay, page, stale, back, time, checkpoint,
     missed, floor, final, exclusive, attempt, buried, unread."""
 
     promise: str
@@ -277,6 +303,8 @@ class Checker:
         self._settles: dict[str, list[_Call]] = defaultdict(list)
         self._reads: list[Read] = []
         self._trims: list[Trim] = []
+        self._erasing: set[int] = set()
+        self._erased: list[Erased] = []
         self._loads: dict[str, list[Loaded]] = defaultdict(list)
         self._consuming: dict[str, Consuming] = {}
         self._fetches: dict[str, list[Fetched]] = defaultdict(list)
@@ -316,6 +344,10 @@ class Checker:
                     self._reads.append(e)
                 case Trim():
                     self._trims.append(e)
+                case Erase():
+                    self._erasing.update(spread(e.sequences))
+                case Erased():
+                    self._erased.append(e)
                 case Loaded():
                     self._loads[e.name].append(e)
                 case Consuming():
@@ -341,6 +373,7 @@ class Checker:
         self._check_content()
         self._check_appends()
         self._check_pages()
+        self._check_erased()
         self._check_order_in_time()
         for name in sorted({*self._saves, *self._loads}):
             self._check_checkpoint(name, self._saves[name], self._loads[name])
@@ -393,11 +426,11 @@ class Checker:
                 self._broken("replay", f"{reader}: another content than the first replay")
         if self._dense:
             for s in range(self._first, self._last + 1):
-                if s not in self._at:
+                if s not in self._at and s not in self._erasing:
                     self._broken("gap", f"nothing at sequence {s}")
         if self._first > 1 and not self._retention:
             asked = max((t.before for t in self._trims), default=1)
-            if self._first > asked:
+            if not self._erasing.issuperset(range(asked, self._first)):
                 self._broken("lost", f"the first kept record is {self._first}, nobody trimmed beyond {asked}")
         for s in sorted(self._at):
             lane, number = self._at[s]
@@ -408,8 +441,10 @@ class Checker:
                 known[number] = s
 
     def _check_appends(self) -> None:
+        erased = self._gone()
         for lane in sorted({*self._appends, *self._where}):
             where = self._where[lane]
+            gone = erased.get(lane, frozenset[int]())
             calls = self._appends[lane]
             possible: set[int] = set()
             for call in calls:
@@ -426,9 +461,9 @@ class Checker:
             for one, two in pairwise(numbers):
                 if where[one] >= where[two]:
                     self._broken("order", f"{lane}: {one} at {where[one]}, {two} at {where[two]}")
-                if two != one + 1:
+                if not gone.issuperset(range(one + 1, two)):
                     self._broken("hole", f"{lane}: {two} is stored, {one + 1} is not")
-            if numbers and numbers[0] > 1 and self._first == 1:
+            if numbers and self._first == 1 and not gone.issuperset(range(1, numbers[0])):
                 self._broken("hole", f"{lane}: {numbers[0]} is stored, 1 is not")
 
     def _check_acked(self, asked: Append, said: Appended, where: dict[int, int]) -> None:
@@ -438,7 +473,7 @@ class Checker:
         for number, s in enumerate(stated, asked.first):
             found = where.get(number)
             if found is None:
-                if s >= self._first:
+                if s >= self._first and s not in self._erasing:
                     self._broken("lost", f"{asked.lane} {number}, acked at {s}, is not there")
             elif found != s:
                 self._broken("moved", f"{asked.lane} {number}, acked at {s}, is at {found}")
@@ -455,17 +490,43 @@ class Checker:
             for s, message in _each(page):
                 if not previous < s <= page.scanned:
                     self._broken("page", f"{page.reader}: record {s} in the page {page.after} to {page.scanned}")
-                if self._dense and s != previous + 1:
+                if self._dense and not self._erasing.issuperset(range(previous + 1, s)):
                     self._broken("page", f"{page.reader}: {s} follows {previous} in a page")
                 previous = s
-                if s >= self._first and self._at.get(s) != message:
+                found = self._at.get(s)
+                if s >= self._first and found != message and not (found is None and s in self._erasing):
                     self._broken("replay", f"{page.reader}: {message} at {s}, at the end {self._at.get(s)} is there")
-            if self._dense and previous != page.scanned:
+            if self._dense and not self._erasing.issuperset(range(previous + 1, page.scanned + 1)):
                 self._broken(
                     "page", f"{page.reader}: {page.scanned} is scanned, the page after {page.after} ends at {previous}"
                 )
             if not page.after <= page.scanned <= page.last:
                 self._broken("page", f"{page.reader}: after {page.after}, scanned {page.scanned}, last {page.last}")
+
+    def _check_erased(self) -> None:
+        """What was erased is in no page that was asked for afterwards."""
+        when: dict[int, int] = {}
+        for e in self._erased:
+            for s in spread(e.sequences):
+                when[s] = min(e.end_ns, when.get(s, e.end_ns))
+        for page in self._reads if when else ():
+            for s, message in _each(page):
+                if when.get(s, page.start_ns) < page.start_ns:
+                    self._broken("back", f"{page.reader}: {message} at {s} was read after it had been erased")
+
+    def _gone(self) -> dict[str, set[int]]:
+        """The numbers of the messages that were or may have been erased, by lane."""
+        out: dict[str, set[int]] = defaultdict(set)
+        for page in self._reads if self._erasing else ():
+            for s, (lane, number) in _each(page):
+                if s in self._erasing:
+                    out[lane].add(number)
+        for lane, calls in self._appends.items() if self._erasing else ():
+            for call in calls:
+                if isinstance(call.said, Appended) and isinstance(call.asked, Append):
+                    stated = enumerate(spread(call.said.sequences), call.asked.first)
+                    out[lane].update(number for number, s in stated if s in self._erasing)
+        return out
 
     def _check_order_in_time(self) -> None:
         """What had been acked or seen before a call began lies below what the call appends, and inside what it reads."""

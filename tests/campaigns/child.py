@@ -27,7 +27,7 @@ import mist.log.state  # noqa: F401  loaded before the fork, so that a child sta
 from mist.broker.base import Broker, Checkpoint, ConsumerConfig, Delivery, Stream, StreamConfig
 from mist.broker.registry import connect
 from mist.errors import MistError
-from mist.testing.history import Recorder, Trim
+from mist.testing.history import Erase, Erased, Recorder, Trim, runs
 
 from . import recording as rec
 from .failpoints import FailingFiles, Failpoint
@@ -171,6 +171,30 @@ async def trimmer(args: Args) -> None:
                     raise
 
 
+async def eraser(args: Args) -> None:
+    """Erases some of the records that it reads, here and there, until asked to end."""
+    stop = stopping()
+    rng = random.Random(args["seed"])
+    recorder = Recorder(args["history"])
+    async with AsyncExitStack() as stack:
+        stack.callback(recorder.close)
+        _, stream = await opened(stack, args)
+        while not stop.is_set():
+            try:
+                info = await stream.info()
+                page = await stream.read(after=rng.randint(info.first - 1, info.last), limit=rng.choice((1, 20, 200)))
+                sequences = [r.sequence for r in page.records if rng.random() < 0.3]
+                if sequences:
+                    start = rec.now()
+                    recorder.write(Erase(start_ns=start, sequences=runs(sequences)))
+                    await stream.erase(sequences)
+                    recorder.write(Erased(start_ns=start, end_ns=rec.now(), sequences=runs(sequences)))
+            except MistError as exc:
+                if not exc.retryable:
+                    raise
+            await pause(rng.random() * args.get("pause_ms", 10) / 1000)
+
+
 async def saver(args: Args) -> None:
     """Saves rising checkpoints under its names as fast as it can, loading now and then."""
     stop = stopping()
@@ -309,7 +333,7 @@ async def ingester(args: Args) -> None:
 
 Role = Callable[[Args], Awaitable[None]]
 ROLES: dict[str, Role] = {
-    f.__name__: f for f in (writer, reader, trimmer, saver, worker, ingester)
+    f.__name__: f for f in (writer, reader, trimmer, eraser, saver, worker, ingester)
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from .model import c18
 from .moving import c27
 from .network import partitions, restarts
 from .slow import c14
-from .writers import c01, c07
+from .writers import c01, c07, c15
 
 
 def _simulated(function: Callable[..., dict[str, Any]], key: str) -> Run:
@@ -74,6 +74,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C14", "one consumer 100 times slower", "s in one run", 15, 600, c14, longest=True),
     Campaign("C14n", "the same on NATS", "s in one run", 6, 600, _on("nats", c14), longest=True, needs=NATS),
     Campaign("C14r", "the same on Redis", "s in one run", 6, 600, _on("redis", c14), longest=True, needs=REDIS),
+    Campaign("C15", "kill -9 while erasing", "kills", 20, 1000, c15),
     Campaign("C18", "state machine on log and memory", "examples", 200, 20_000, c18),
     Campaign("C18n", "state machine on NATS", "examples", 20, 20_000, _on("nats", c18), needs=NATS),
     Campaign("C18r", "state machine on Redis", "examples", 20, 20_000, _on("redis", c18), needs=REDIS),

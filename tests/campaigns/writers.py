@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from mist.broker.registry import connect
-from mist.testing.history import Checker, Recorder
+from mist.testing.history import Appended, Checker, Erased, Recorder, load, spread
 
 from . import recording as rec
 from .campaign import Report, Trial
@@ -144,6 +144,76 @@ def _kill_writers(trial: Trial, nursery: Nursery, folder: Path, rng: random.Rand
     for child in others:
         child.finish()
     trial.add(torn_tails=len(list((folder / "log" / "streams" / "s" / "quarantine").glob("*.torn"))))
+
+
+_ERASING = ("rename", "sync_dir", "sync", "unlink", "truncate", "pwrite", "pwritev")
+
+
+def c15(budget_s: float, seed: int, report: Report, *, units: int | None = None) -> dict[str, Any]:
+    """kill -9 of processes that erase, with writers and a reader beside them; most die at a chosen operation.
+
+    Nothing else is lost, what an erasure that returned took is in no later page and in no file, and verify is clean.
+    """
+    trial = Trial("C15", budget_s, seed, report, units)
+    rng = random.Random(seed)
+    with Nursery(trial.folder) as nursery:
+        while trial.more():
+            folder = trial.round()
+            try:
+                _kill_erasers(trial, nursery, folder, rng, min(_CYCLES, trial.left))
+                records = reread(trial, folder, boot=secrets.token_bytes(16) if rng.random() < 0.5 else None)
+                _look_for_erased(trial, folder)
+            except ChildFailed as exc:
+                trial.fail(str(exc))
+                break
+            trial.say(f"{trial.reached} kills, {records} records in this round, histories agree")
+    return trial.result()
+
+
+def _kill_erasers(trial: Trial, nursery: Nursery, folder: Path, rng: random.Random, cycles: int) -> None:
+    common = {"url": f"log:{folder / 'log'}", "config": {**SMALL, "durability": rng.choice(("power", "process"))}}
+    others = [
+        nursery.start(role, {
+            **common, "label": label, "history": str(folder / f"{label}.jsonl"), "seed": rng.random(), "lanes": 2,
+            "size": (40, 600), "batch": 24, "pause_ms": 4,
+        })
+        for role, label in (("writer", "p0"), ("writer", "p1"), ("reader", "reader"))
+    ]  # fmt: skip
+    time.sleep(0.2)
+    for cycle in range(cycles):
+        if not trial.more():
+            break
+        armed = rng.random() < 0.8
+        point = {"kind": rng.choice(_ERASING), "nth": rng.randint(1, 12), "when": rng.choice(("before", "after"))}
+        # each has a history of its own: what one was about to erase when it died may be erased or not
+        eraser = nursery.start("eraser", {
+            **common, "label": f"e{cycle}", "history": str(folder / f"e{cycle}.jsonl"), "seed": rng.random(),
+            "failpoint": point if armed else None,
+        })  # fmt: skip
+        if armed and eraser.killed(1.0):
+            trial.add(failpoint=1)
+        else:
+            time.sleep(rng.uniform(0.0, 0.1))
+            eraser.kill()
+            trial.add(random_instant=1)
+        trial.reached += 1
+    for child in others:
+        child.finish()
+
+
+def _look_for_erased(trial: Trial, folder: Path) -> None:
+    """No file of the stream holds the id of a record that an erasure took which returned."""
+    events = [e for p in folder.glob("*.jsonl") for e in load(p)]
+    erased = {s for e in events if isinstance(e, Erased) for s in spread(e.sequences)}
+    ids: dict[int, bytes] = {}
+    for e in events:
+        if isinstance(e, Appended) and e.sequences:
+            ids |= {s: f"{e.lane}-{n}".encode() for n, s in enumerate(spread(e.sequences), e.first)}
+    stored = b"".join(p.read_bytes() for p in (folder / "log" / "streams" / "s").iterdir() if p.is_file())
+    left = [s for s in sorted(erased & ids.keys()) if bytes([0xA0 + len(ids[s])]) + ids[s] in stored]
+    if left:
+        trial.fail(f"{len(left)} erased records are still in the files, the first is {left[0]}")
+    trial.add(erased=len(erased))
 
 
 def c07(budget_s: float, seed: int, report: Report, *, units: int | None = None) -> dict[str, Any]:

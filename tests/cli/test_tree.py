@@ -45,6 +45,7 @@ SPEC = [
     "stream.create",
     "stream.rm",
     "stream.purge",
+    "stream.erase",
     "stream.subjects",
     "stream.gaps",
     "stream.verify",

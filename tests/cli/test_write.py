@@ -140,6 +140,28 @@ def test_purge(cli: Cli, url: str) -> None:
     assert cli(*args, "--keep", "1", "--before", "2").code == 2
 
 
+def test_erase(cli: Cli, url: str) -> None:
+    """Sequences and ranges, asked for once; what is not there is passed over, and repeating it is fine."""
+    fill(url, "s", 10)
+    args = ["-u", url, "stream", "erase", "s"]
+    dry = cli(*args, "2", "4..6", "99", "--dry-run", "-j")
+    assert (dry.code, dry.json["dry_run"]) == (10, True)
+    assert "4 records" in str(dry.json)
+    assert len(records(url, "s")) == 10
+    refused = cli(*args, "2", "--no-input")
+    assert refused.code == 11
+    assert "-y" in refused.err
+    assert cli.ok(*args, "2", "4..6", "99", "-y", "-j").json == {"stream": "s", "erased": 4}
+    assert [r.sequence for r in records(url, "s")] == [1, 3, 7, 8, 9, 10]
+    assert cli.ok(*args, "4..6", "--dry-run").code == 0
+    assert cli.ok(*args, "4..6", "-j").json == {"stream": "s", "erased": 0}
+    assert [(g["first"], g["last"]) for g in cli.ok("-u", url, "stream", "gaps", "s", "-j").json] == [(2, 2), (4, 6)]
+    for wrong in ("x", "3..", "-1", "5..a", "1..99999999"):
+        assert cli(*args, wrong, "-y").code == 2, wrong
+    assert cli(*args, "7..3", "-y").code == 2
+    assert len(records(url, "s")) == 6
+
+
 def test_subjects_gaps_and_verify(cli: Cli, url: str) -> None:
     """Counts by subject, no gaps in a dense stream, nothing damaged."""
     fill(url, "s", [message(envelope(n, "a.b" if n % 2 else "c")) for n in range(1, 6)])

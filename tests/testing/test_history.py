@@ -58,6 +58,22 @@ def test_an_unknown_fate_allows_both(error: str | None, stored: bool) -> None:
     assert verdict(acks, events, final(content, last=3 + stored)).ok
 
 
+ERASED = [h.Erase(start_ns=30, sequences=[(1, 2)]), h.Erased(start_ns=30, end_ns=40, sequences=[(1, 2)])]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_erased_records_may_be_missing(answered: bool) -> None:
+    """They leave a hole in the numbers, of sequences and of a lane; one whose erasure had no answer may still be there."""
+    left: h.Seen = [(3, "b", 1, 1), (4, "a", 3, 1)]
+    asked = ERASED if answered else ERASED[:1]
+    v = verdict(SOUND, OTHER, asked, final(left, last=4, after=2), final(left, last=4, after=2, reader="again"))
+    assert v.ok, v
+    middle = [h.Erase(start_ns=30, sequences=[(2, 1)])]
+    for content in (CONTENT, [(1, "a", 1, 1), (3, "b", 1, 1), (4, "a", 3, 1)]):
+        v = verdict(SOUND, OTHER, middle, final(content, last=4))
+        assert v.ok, v
+
+
 def broken(v: Verdict) -> set[str]:
     return set(v.totals)
 
@@ -140,6 +156,11 @@ CASES: dict[str, tuple[str, list[AnyEvent]]] = {
     "records were trimmed that nobody trimmed": (
         "lost",
         [*SOUND, *OTHER, h.Trim(start_ns=30, before=2), final(CONTENT[1:], after=2, last=4)],
+    ),
+    "an erased record comes back": ("back", [*SOUND, *OTHER, *ERASED, final(CONTENT, last=4)]),
+    "another record than the erased one is gone": (
+        "lost",
+        [*SOUND, *OTHER, h.Erase(start_ns=30, sequences=[(2, 1)]), final([(1, "a", 1, 2), (4, "a", 3, 1)], last=4)],
     ),
     "nobody read at the end": ("unread", [*SOUND]),
     "a checkpoint goes back": (

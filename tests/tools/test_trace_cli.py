@@ -172,3 +172,23 @@ def test_wrong_use_is_an_error_in_one_line(shell: Shell, calls: str, words: list
     assert done.code in (2, 3)
     assert done.out == ""
     assert done.err.startswith("error: ")
+
+
+def test_erase_asks_and_takes_all_of_one_user(shell: Shell) -> None:
+    """--dry-run counts, -y does; the store and the stream agree afterwards, and the audit stream tells."""
+    attrs = {"model": "m"}
+    publish(shell, *[message(n, attrs={**attrs, "user": "u1" if n % 2 else "u2"}) for n in range(1, 7)])
+    assert shell("trace", "worker", "--until-end").code == 0
+    args = ("trace", "erase", "--user", "u1", "--reason", "ticket 1", "--by", "ops")
+    dry = shell(*args, "--dry-run")
+    assert dry.code == 10
+    assert "3 records" in dry.out + dry.err
+    assert shell(*args, "--no-input").code == 11
+    done = shell(*args, "-y", "-o", "json")
+    assert done.code == 0, done.err
+    assert (done.json["records"], done.json["spans"], done.json["behind"]) == (3, 3, False)
+    assert shell("trace", "stats", "-o", "json").json["total"] == 3
+    assert shell("count", "trace").out.strip() == "3"
+    assert shell("count", "audit").out.strip() == "2"
+    assert shell("trace", "erase", "--reason", "x", "-y").code == 2
+    assert shell("trace", "erase", "--user", "u", "--trace", "t", "--reason", "x", "-y").code == 2

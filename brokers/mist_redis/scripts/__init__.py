@@ -10,7 +10,7 @@ from hashlib import sha1
 from importlib.resources import files
 
 _NAMES = (
-    "append", "look", "open", "delete", "trim", "locate", "consumer", "guard", "release", "peek", "claim", "settle",
+    "append", "look", "open", "delete", "trim", "erase", "locate", "consumer", "guard", "release", "peek", "claim", "settle",
     "figures", "pending", "reset", "checkpoint",
 )  # fmt: skip
 _folder = files(__name__)
