@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mist.errors import Internal, InvalidArgument, NotFound, RateLimited, Refused, StorageFull, TimedOut, Unavailable
+from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TraceAlert
 from mist.testing.clock import FakeClock
 from mist.tools.tokentrace.alerts import control, engine
@@ -194,11 +195,36 @@ async def test_a_stream_that_is_away_delays_envelopes_and_not_webhooks() -> None
         await scene.alerts.tick()
     await scene.alerts.deliver()
     assert scene.hooks == ["firing"]
+    scene.clock.advance(30)
+    scene.store.now = GOOD
+    with pytest.raises(Unavailable):
+        await scene.alerts.tick()
+    await scene.alerts.deliver()
+    assert scene.hooks == ["firing", "resolved"]
     scene.restart()
     scene.stream.fail = None
+    await scene.turn(GOOD)
+    assert scene.stream.said == [("firing", "warning"), ("resolved", "warning")]
+    assert scene.hooks == ["firing", "resolved"]
+
+
+@scenario
+async def test_no_more_is_decided_than_can_wait() -> None:
+    """With a thousand envelopes waiting for their stream, rules wait too, and go on when it is back."""
+    scene = Scene()
+    scene.stream.fail = Unavailable("away")
+    waiting = [Envelope.new("trace.alert", {}, source="s") for _ in range(engine.UNSENT_MAX)]
+    scene.store.save(engine.STATE, engine.encode(engine.Saved(unsent=waiting)))
+    scene.clock.advance(30)
+    scene.store.now = BAD
+    with pytest.raises(Unavailable):
+        await scene.alerts.tick()
+    assert scene.store.asked == []
+    scene.stream.fail = None
     await scene.turn(BAD)
-    assert scene.stream.said == [("firing", "warning")]
-    assert scene.hooks == ["firing"]
+    await scene.turn(BAD)
+    assert scene.alert().name == "r"
+    assert len(scene.stream.envelopes) == engine.UNSENT_MAX + 1
 
 
 @scenario

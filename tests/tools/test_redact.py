@@ -168,6 +168,16 @@ def test_a_name_is_found_in_every_spelling() -> None:
         assert b"geheim" not in bytes(Redactor(ALL, ENV)(env).payload), text
 
 
+def test_a_name_is_meant_wherever_opentelemetry_put_it() -> None:
+    """Resource and scope attributes, a map that has a key twice, and the column that an attribute was copied to."""
+    attrs = {
+        "user": "anna", "user.id": "anna", "resource.user.email": "x", "otel.attr.resource.password": "x", "otel.scope.password": "x",
+        "map": {"otel.kvlist": [["password", "x"], ["password", "y"], ["kind", "k"], "odd"]}, "model": "m",
+    }  # fmt: skip
+    rules = one(attrs=("user.*", "password", "resource.password"), action="drop")
+    assert redacted(rules, attrs) == {"map": {"otel.kvlist": [["kind", "k"], "odd"]}, "model": "m"}
+
+
 def test_identities_are_hashed_whole_so_that_two_stay_two() -> None:
     """Ids, source and tenant that hold a secret: masked without a key, hashed with one. Ids that are plain hex are never
     taken for card numbers."""

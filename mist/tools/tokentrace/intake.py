@@ -16,7 +16,8 @@ from mist.protocol.envelope import Envelope
 from mist.tools.tokentrace.redact import Redactor
 from mist.tools.tokentrace.sampling import Sampler
 from mist.tools.tokentrace.settings import RedactSettings, SampleSettings
-from mist.transport.server import Replies, Sink
+from mist.transport._calls import Replies
+from mist.transport.server import Sink
 
 
 class Intake:

@@ -34,6 +34,7 @@ from mist.errors import InvalidArgument
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN
 from mist.tools.tokentrace.detectors import BUILT_IN, Detector, custom
+from mist.tools.tokentrace.otlp import genai, names, values
 from mist.tools.tokentrace.settings import Action, RedactRule, RedactSettings
 
 LEVELS_MAX = 4
@@ -139,7 +140,7 @@ class Redactor:
         fresh = keys - self._harmless_keys
         if not fresh:
             return False
-        if any(self._name(_unescape(key.decode(errors="replace"))) for key in fresh):
+        if _PAIRS.encode() in fresh or any(self._name(_unescape(key.decode(errors="replace"))) for key in fresh):
             return True
         if len(self._harmless_keys) > KNOWN_MAX:
             self._harmless_keys.clear()
@@ -150,8 +151,8 @@ class Redactor:
         """What to do about an attribute of this name; empty = nothing."""
         decided = self._decided.get(key)
         if decided is None:
-            low = key.lower()
-            decided = next((what for pattern, what in self._names if pattern.fullmatch(low)), "")
+            spoken = _spoken(key)
+            decided = next((what for glob, what in self._names if any(map(glob.fullmatch, spoken))), "")
             if len(self._decided) > KNOWN_MAX:
                 self._decided.clear()
             self._decided[key] = decided
@@ -231,12 +232,21 @@ class Redactor:
                 new = _WITHHELD
             elif what == "hash":
                 new = self._hash("hash", item if isinstance(item, str) else msgspec.json.encode(item).decode())
+            elif key == _PAIRS and isinstance(item, list):
+                new = [pair for entry in item for pair in self._pair(entry, level)]
             else:
                 new = self._value(item, level)
             name = self._text(key, level)
             if new is not _DROP and name is not _DROP:
                 out[name] = new
         return out
+
+    def _pair(self, entry: Any, level: int) -> list[Any]:
+        """An entry of a map of OpenTelemetry's that has a key twice: it is a list of key and value."""
+        if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
+            return [list(pair) for pair in self._object({entry[0]: entry[1]}, level).items()]
+        new = self._value(entry, level)
+        return [] if new is _DROP else [new]
 
     def _text(self, text: str, level: int) -> Any:
         out = text
@@ -300,6 +310,11 @@ class Redactor:
 # every string of a document, of which keys are captured: a search for keys alone would begin again at every quote
 _KEY = re.compile(rb'"(?:([^"\\]*+(?:\\.[^"\\]*+)*+)"[ \t\r\n]*+:|[^"\\]*+(?:\\.[^"\\]*+)*+")', re.DOTALL)
 _HEX = re.compile(r"[0-9a-f]{16}|[0-9a-f]{32}|00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
+_PAIRS = values.KVLIST
+_PREFIXES = (names.ATTR, names.RESOURCE, names.SCOPE, names.RESOURCE_META)
+_FILLED_BY: dict[str, list[str]] = {}
+for _source_name, _source in genai.SOURCES.items():
+    _FILLED_BY.setdefault(_source.column, []).append(_source_name)
 _UNREADABLE = (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError)
 _FOUR = re.compile(r"[0-9a-fA-F]{4}", re.ASCII)
 _SHORT = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
@@ -321,6 +336,13 @@ def _unescape(text: str) -> str:
             out += [_SHORT.get(part[0], part[0]), part[1:]]
     text = "".join(out)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if surrogates else text
+
+
+def _spoken(key: str) -> list[str]:
+    """The names an attribute goes by: its own, the one it had before OTLP's were sorted, and those that fill this column."""
+    low = key.lower()
+    before = [low.removeprefix(prefix) for prefix in _PREFIXES if low.startswith(prefix)]
+    return [low, *before, *_FILLED_BY.get(low, ())]
 
 
 def _metadata(value: Any) -> dict[str, int]:

@@ -104,8 +104,7 @@ class Alerts:
 
     async def tick(self) -> None:
         """Evaluate what is due, save, then append what is to be said. Raises what the store or the stream raise: then
-        nothing happened, or it is saved and the next tick goes on."""
-        await self._send()
+        nothing happened, or it is saved and the next tick goes on. A stream that is away stops no evaluation."""
         now = self._clock.time_ns()
         kept = {}
         for rule in self._rules:
@@ -133,12 +132,12 @@ class Alerts:
                 rule, saved, readings, moment, self.told, silenced=silenced, source=self._source
             )
         )
-        await self._send()
 
-    async def deliver(self) -> None:
-        """Try every webhook that is due, the oldest of each target first, until none is. Raises what the store raises."""
+    async def deliver(self, stop: asyncio.Event | None = None) -> None:
+        """Try every webhook that is due, the oldest of each target first, until none is or `stop` is set. Raises what the
+        store raises."""
         self._more.clear()
-        while due := await self._due():
+        while (due := await self._due()) and not (stop is not None and stop.is_set()):
             ends = await asyncio.gather(*(self._deliver(webhook) for webhook in due), return_exceptions=True)
             for end in ends:
                 if end is not None:
@@ -177,7 +176,7 @@ class Alerts:
         await _until(stop, min(wait_ns / 1e9, POLL_S_MAX))
 
     async def _delivering(self, stop: asyncio.Event) -> None:
-        await self.deliver()
+        await self.deliver(stop)
         now = self._clock.time_ns()
         waits = [webhook.due_ns - now for webhook in _heads((await self._load()).outbox)]
         wait_s = min((max(0, wait) / 1e9 for wait in waits), default=POLL_S_MAX)
