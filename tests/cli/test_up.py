@@ -541,7 +541,7 @@ def test_otlp_without_its_extra_is_left_out_unless_asked_for(
 ) -> None:
     """Left out with a line on stderr; asked for by name it is an error with the install line."""
 
-    def gone(store: Any, *, grpc_listen: str = "") -> Any:
+    def gone(store: Any, **options: Any) -> Any:
         raise InvalidArgument(
             "OTLP needs a package that is not installed (google)", hint="pip install 'mist-stack[otel]'"
         )

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from cli.conftest import cli, home, log, spawn
+from cli.conftest import home, log, spawn
 
-__all__ = ["cli", "home", "log", "spawn"]
+__all__ = ["home", "log", "spawn"]

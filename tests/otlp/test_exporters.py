@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
-import msgspec
+import httpx
 import pytest
-from cli.conftest import Cli, records
+from cli.conftest import records
 from cli.test_up import started
 from opentelemetry import trace as api
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
@@ -33,15 +33,15 @@ Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
 
 class Up(NamedTuple):
-    process: subprocess.Popen[bytes]
+    url: str
     http: str
     grpc: str
 
 
 @pytest.fixture
 def up(spawn: Spawn, log: str) -> Up:
-    process, found = started(spawn, log, "--otlp-grpc", "127.0.0.1:0")
-    return Up(process, found["v1/traces"], found["grpc"])
+    _, found = started(spawn, log, "--otlp-grpc", "127.0.0.1:0")
+    return Up(found["readyz"].removesuffix("/readyz"), found["v1/traces"], found["grpc"])
 
 
 def json_exporter() -> Any:
@@ -88,8 +88,8 @@ def a_conversation(exporter: SpanExporter) -> list[ReadableSpan]:
 
 
 @pytest.mark.parametrize("name", EXPORTERS)
-def test_spans_of_the_real_exporters_can_be_asked_for(name: str, up: Up, cli: Cli, log: str) -> None:
-    """Model, tokens, cost and parents are what they were; through the stream and the store."""
+def test_spans_of_the_real_exporters_can_be_asked_for(name: str, up: Up, log: str) -> None:
+    """Model, tokens, cost and parents are what they were; in the stream and through the query routes."""
     sent = a_conversation(EXPORTERS[name](up))
     stored = {r.id: decode(r.data) for r in records(log, "trace")}
     assert len(stored) == len(sent) == 3
@@ -118,12 +118,16 @@ def test_spans_of_the_real_exporters_can_be_asked_for(name: str, up: Up, cli: Cl
     assert good.attrs["otel.events"][0]["name"] == "gen_ai.choice"
     assert (failed.status, failed.attrs["error"]) == ("error", "TimeoutError: no answer")
     assert failed.attrs["otel.events"][0]["attributes"]["exception.type"] == "TimeoutError"
-    cli.ok("-u", log, "trace", "worker", "--until-end")
-    found = cli.ok("-u", log, "trace", "export", "-").out
-    rows = {row["span_id"]: row for row in map(msgspec.json.decode, found.splitlines())}
-    row = rows[good.span_id]
-    assert row["parent_id"] == agent.span_id
-    assert {k: row["attrs"][k] for k in ours} == ours
+    with httpx.Client(base_url=up.url, trust_env=False) as client:
+        while len(rows := client.get(f"/traces/{good.trace_id}").json().get("spans", [])) < 3:
+            time.sleep(0.05)
+        by_id = {row["span_id"]: row for row in rows}
+        assert {k: by_id[good.span_id][k] for k in ours} == ours
+        assert {by_id[s.span_id]["parent_id"] for s in (good, failed)} == {agent.span_id}
+        assert by_id[failed.span_id]["status"] == "error"
+        stats = client.get("/stats").json()
+    assert (stats["total_spans"], stats["error_count"], stats["total_tokens_in"]) == (3, 1, 374)
+    assert stats["total_cost_usd"] == pytest.approx(0.01386)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the golden file stands for it")
