@@ -21,8 +21,8 @@ from mist.cli.render import moment, seq
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
 from mist.errors import AlreadyExists, DataLoss, InvalidArgument, NotFound, Unsupported
-from mist.kit.duration import parse_duration
 from mist.protocol.subject import check_name
+from mist.quantities import Duration
 
 app = noun("Durable consumers of a stream.")
 DIFFERENT = 10
@@ -174,7 +174,7 @@ async def create(
         config = ConsumerConfig(
             after=after,
             subjects=tuple(subject) or (">",),
-            ack_wait_s=parse_duration(ack_wait) / 1e9,
+            ack_wait_s=float(Duration(ack_wait)),
             attempts_max=attempts_max,
             pending_max=pending_max,
         )

@@ -24,8 +24,8 @@ from msgspec import Struct
 
 from mist.broker.base import Checkpoints, Stream, StreamInfo
 from mist.errors import CursorAhead, InvalidArgument, NotFound, WrongIncarnation
-from mist.kit.duration import parse_duration
 from mist.protocol.subject import check_name
+from mist.quantities import Duration
 
 Kind = Literal["start", "end", "at", "after", "last", "time", "cursor"]
 GRAMMAR = "positions: start, end, N, +N, -N, @TIME, @-1h, cursor:NAME"
@@ -51,7 +51,7 @@ END = Position("end")
 def parse_time(text: str, now_ns: int) -> int:
     """A time in Unix nanoseconds: RFC 3339, a date, or an age with a minus. Raises InvalidArgument."""
     if text.startswith("-"):
-        return max(0, now_ns - parse_duration(text[1:]))
+        return max(0, now_ns - round(Duration(text[1:]) * 1e9))
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise InvalidArgument(
@@ -96,7 +96,7 @@ def since_position(text: str, *, now_ns: int) -> Position:
     text = text.removeprefix("@")
     if text.startswith("-") or _RFC3339.fullmatch(text):
         return Position("time", parse_time(text, now_ns))
-    return Position("time", max(0, now_ns - parse_duration(text)))
+    return Position("time", max(0, now_ns - round(Duration(text) * 1e9)))
 
 
 class Range(Struct, frozen=True):

@@ -26,9 +26,9 @@ from mist.errors import (
     SequenceExpired,
     Unsupported,
 )
-from mist.kit.duration import parse_duration
 from mist.kit.parallel import Pool
 from mist.protocol.subject import check_stream, dead_stream
+from mist.quantities import Duration
 
 app = noun("Streams of a broker.")
 ASK_AT_ONCE = 8
@@ -175,11 +175,11 @@ async def create(
     check_stream(name)
     config = StreamConfig(
         durability=durability_of(durability),
-        age_s_max=parse_duration(age_max) / 1e9 if age_max is not None else None,
+        age_s_max=float(Duration(age_max)) if age_max is not None else None,
         bytes_max=parse_size(bytes_max) if bytes_max is not None else None,
         records_max=records_max,
         full=None if full is None else "refuse" if full is Full.refuse else "drop_oldest",
-        dedupe_window_s=parse_duration(dedupe_window) / 1e9 if dedupe_window is not None else None,
+        dedupe_window_s=float(Duration(dedupe_window)) if dedupe_window is not None else None,
         dedupe_ids_max=dedupe_ids_max,
     )
     broker = await session.connect(url, create=True)
