@@ -1,6 +1,6 @@
 """Run the benchmarks: `python -m bench [--only NAME,…] [--rounds N] [--scale F] [--dir DIR] [--format json]`.
 
-Parts: append, replay, follow, consume, start (the embedded log), nats, redis, latency, memory, copy (the servers). Not by default: scale (minutes,
+Parts: append, replay, follow, consume, start (the embedded log), http (its door), nats, redis, latency, memory, copy (the servers). Not by default: scale (minutes,
 and gigabytes on the disk).
 """
 
@@ -11,10 +11,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bench import appending, consuming, following, replaying, scaling, servers, starting
+from bench import appending, consuming, following, http, replaying, scaling, servers, starting
 from bench.common import Board
 
-PARTS = ("append", "replay", "follow", "consume", "start", "nats", "redis", "latency", "memory", "copy")
+PARTS = ("append", "replay", "follow", "consume", "start", "http", "nats", "redis", "latency", "memory", "copy")
 EXTRA = ("scale",)
 
 
@@ -47,6 +47,8 @@ def main() -> None:
             consuming.run(board, base, args.rounds, args.scale)
         if "start" in parts:
             starting.run(board, args.rounds)
+        if "http" in parts:
+            http.run(board, base, args.rounds, args.scale)
         if "scale" in parts:
             scaling.run(board, base, args.scale)
         servers.run(board, parts, args.rounds, args.scale, args.loop)

@@ -224,9 +224,9 @@ def run(board: Board, base: Path, rounds: int, scale: float) -> None:
             ):
                 board.row(subject, f"    {what}", [figures[key] for figures in seen[role]], "")
         board.verdict(subject, "envelopes/s", sorted(got["mist"])[rounds // 2], target, unit="/s")
-        board.verdict(
-            subject, "of starlette's bare 202", ratio(got["mist"], got["starlette"]), 1.0 if batch == 1 else 0.2
-        )
+        if batch == 1:
+            # 10,000 of the 22,000 that starlette answers on the machine for which the targets were set
+            board.verdict(subject, "of starlette's bare 202", ratio(got["mist"], got["starlette"]), 0.45)
 
 
 def main() -> None:

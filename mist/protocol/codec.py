@@ -20,7 +20,7 @@ from msgspec import Raw
 from mist.errors import ChecksumMismatch, LoneSurrogate, Malformed, MissingField, ProtocolError, TooDeep, TooLarge
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.pack import screen_msgpack
-from mist.protocol.screen import DEPTH_MAX, KEYS_MAX, check_numbers, explain, screen, screen_lines
+from mist.protocol.screen import DEPTH_MAX, KEYS_MAX, check_all_numbers, check_numbers, explain, screen, screen_lines
 from mist.protocol.version import check_version
 
 __all__ = [
@@ -169,8 +169,8 @@ def _block(data: bytes, foreign: bool, size_bytes_max: int) -> list[Envelope] | 
         for env in envs:
             if env.version != "1" or not env.id or not env.source or not env.type or env.checksum:
                 verify(env)
-            if foreign:
-                check_numbers(env.payload)
+        if foreign:
+            check_all_numbers([env.payload for env in envs])
     except (*_NOT_JSON, ProtocolError):
         return None
     return envs

@@ -12,6 +12,7 @@ import re
 from math import isinf
 
 import msgspec
+from msgspec import Raw
 
 from mist.errors import LoneSurrogate, Malformed, NotFinite, ProtocolError, TooDeep, TooLarge, TooManyKeys
 from mist.protocol.envelope import SIZE_BYTES_MAX
@@ -126,6 +127,17 @@ def check_numbers(payload: bytes) -> None:
         number = m[0]
         if len(number) > INTEGER_DIGITS_MAX if number.isdigit() else isinf(float(number)):
             raise NotFinite("envelope: Number out of range")
+
+
+def check_all_numbers(payloads: list[Raw]) -> None:
+    """`check_numbers` for many, in half the time where all are small. Raises what it raises, or a DecodeError of msgspec
+    for one that is no JSON or holds such a number: the caller then looks at each."""
+    if sum(map(len, payloads)) > _DECODE_BYTES_MAX:
+        for payload in payloads:
+            check_numbers(payload)
+        return
+    for payload in payloads:
+        _any(payload)
 
 
 _any = msgspec.json.Decoder().decode
