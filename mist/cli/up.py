@@ -14,6 +14,7 @@ import typer
 from mist.cli._tools import StoreOption, store_path
 from mist.cli.options import Level, durability_of
 from mist.cli.session import current
+from mist.cli.wrap import serves
 from mist.errors import InvalidArgument
 from mist.kit.signals import drained
 
@@ -50,6 +51,7 @@ class LogLevel(StrEnum):
     error = "error"
 
 
+@serves
 async def command(
     tools: Annotated[
         str, typer.Option("--tools", metavar="A,B", help=f"Which, with commas: {', '.join(TOOLS)}. Default: all.")

@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import typer
 from msgspec import NODEFAULT
@@ -23,11 +23,12 @@ from mist.cli.main import COMMANDS
 from mist.cli.options import GlobalOptions, OptionGroup
 from mist.cli.session import Session, start
 from mist.errors import SequenceExpired
-from mist.kit.signals import Interrupted, run
+from mist.kit.signals import Interrupted, fast_loop, run
 
 EPILOG = "Global options (-u -o -j -y --no-input -q -v --timeout) are accepted here too: see `mist --help`."
 NOUN_EXAMPLES = 5
 _GLOBAL = "global_"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UsageFault(Exception):
@@ -46,6 +47,12 @@ class Job:
         self.function = function
         self.values = values
         self.given = given
+
+
+def serves(command: F) -> F:
+    """Mark a command that serves others until it is stopped: it gets the faster event loop where there is one."""
+    command.__serves__ = True  # type: ignore[attr-defined]
+    return command
 
 
 def noun(help: str) -> typer.Typer:
@@ -162,7 +169,8 @@ def _call(function: Callable[..., Any], values: dict[str, Any], given: dict[str,
             return await function(**values)
 
     if inspect.iscoroutinefunction(function):
-        return finish(session, lambda: run(work, timeout_s=session.timeout_s))
+        factory = fast_loop() if hasattr(function, "__serves__") else None
+        return finish(session, lambda: run(work, timeout_s=session.timeout_s, loop_factory=factory))
     return finish(session, lambda: function(**values))
 
 

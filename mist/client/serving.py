@@ -38,6 +38,7 @@ from mist.client.handler import Handler
 from mist.client.worker import Delivered, Worker
 from mist.errors import Conflict, EndOfStream, Internal, InvalidArgument, MistError, ProtocolError, TooLarge
 from mist.kit.server import parse_address
+from mist.kit.signals import fast_loop
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import HEALTH_PING
 from mist.protocol.url import Url, has_scheme, parse_url
@@ -138,7 +139,9 @@ def run(handler: Handler, url: str, *, out: str = "", concurrency: int = 1, batc
             return exc.exit_code
         return 128 + caught[0] if caught else served.exit_code
 
-    return asyncio.run(main())
+    # not for pipes: uvloop does not wait for every kind of file that may be standard input
+    with asyncio.Runner(loop_factory=fast_loop() if url.startswith("http:") else None) as runner:
+        return runner.run(main())
 
 
 class _Out(Protocol):

@@ -92,6 +92,16 @@ def run(
         raise _only(group) from group
 
 
+def fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop for `run`, where it is installed (the extra `fast`)."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
 async def drained(work: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> T:
     """Run `work(stop)`; a cancellation (a signal, a timeout) sets `stop` and waits until the work has put its things
     in order, then goes on."""
