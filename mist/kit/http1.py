@@ -22,7 +22,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -31,20 +31,19 @@ import msgspec
 from msgspec import Struct
 
 from mist.errors import InvalidArgument, MistError, TimedOut, TooLarge
+from mist.kit._http1_app import CLOSE, AppCall
+from mist.kit._http1_app import Headers as Headers
 
 if TYPE_CHECKING:
     import httptools
 
 _log = logging.getLogger("mist.kit.http1")
 
-Headers = list[tuple[bytes, bytes]]
-"""Names in lower case."""
 Respond = Callable[[int, bytes, Headers], None]
 """Status, body, headers but the length. To be called once; later calls do nothing."""
 
 _LINES = {s.value: b"HTTP/1.1 %d %s\r\n" % (s.value, s.phrase.encode()) for s in HTTPStatus}
 _JSON: Headers = [(b"content-type", b"application/json")]
-_CLOSE = (b"connection", b"close")
 _HIGH_WATER = 64 * 1024
 LINGER_S = 2.0
 """How long a client that was refused before its body was through may go on sending."""
@@ -106,7 +105,7 @@ class _Turn:
         self.version = "1.1"
         self.door: Door | None = None
         self.exchange: Exchange | None = None
-        self.app: _AppCall | None = None
+        self.app: AppCall | None = None
         self.answer: bytes | None = None
         self.over = False  # answered as far as the door or app is concerned
         self.cut = False  # answered before its body was through
@@ -390,7 +389,7 @@ class Http1(asyncio.Protocol):
             parts.append(b"%s: %s\r\n" % (name, value))
             if name == b"connection":
                 turn.keep_alive = False
-        if not turn.keep_alive and _CLOSE not in headers:
+        if not turn.keep_alive and CLOSE not in headers:
             parts.append(b"connection: close\r\n")
         parts.append(b"content-length: %d\r\n\r\n" % len(body))
         parts.append(body)
@@ -443,22 +442,22 @@ class Http1(asyncio.Protocol):
             "method": method.decode("ascii"), "path": path, "raw_path": raw_path, "query_string": query,
             "headers": turn.headers, "state": self._app_state.copy(),
         }  # fmt: skip
-        turn.app = _AppCall(self, turn, scope)
+        turn.app = AppCall(self, turn, scope)
         if self._turns[0] is turn:
             turn.app.start()
 
-    def run_app(self, call: _AppCall) -> None:
+    def run_app(self, call: AppCall) -> None:
         task = self._loop.create_task(call.run(self._config.loaded_app))
         self._state.tasks.add(task)
         task.add_done_callback(self._state.tasks.discard)
 
-    def app_done(self, turn: _Turn, *, broken: bool = False) -> None:
+    def app_done(self, turn: Any, *, broken: bool = False) -> None:
         """The app's answer is through, or `broken` off."""
         if turn.over:
             return
         turn.over = True
-        if turn is self._turn:  # an unread rest of the body would be taken for the next request
-            self._cut(turn)
+        if self._turn is not None and turn is self._turn:  # an unread rest of the body would be taken for a request
+            self._cut(self._turn)
         elif broken:
             turn.keep_alive = False
             self._stop_reading()
@@ -474,7 +473,7 @@ class Http1(asyncio.Protocol):
         if self._turns and self._turns[0] is turn:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def wanted(self, turn: _Turn) -> None:
+    def wanted(self, turn: Any) -> None:
         """An app waits for its body."""
         if turn.expect:
             self._continue(turn)
@@ -523,140 +522,6 @@ class Http1(asyncio.Protocol):
             return
         self._reading = True
         self._transport.resume_reading()
-
-
-class _AppCall:
-    """One run of the ASGI app."""
-
-    def __init__(self, connection: Http1, turn: _Turn, scope: dict[str, Any]) -> None:
-        self.buffered = 0
-        self.started = False
-        """Whether its answer has begun."""
-        self._connection = connection
-        self._turn = turn
-        self._scope = scope
-        self._parts: list[bytes] = []
-        self._complete = False
-        self._gone = False
-        self._came = asyncio.Event()
-        self._head: bytes | None = None
-        self._chunked = False
-        self._left = 0
-        self._done = False
-        self._running = False
-        self._told_end = False
-
-    def start(self) -> None:
-        if not self._running:
-            self._running = True
-            self._connection.run_app(self)
-
-    def body_came(self, data: bytes) -> None:
-        if not self._done:
-            self._parts.append(data)
-            self.buffered += len(data)
-            self._came.set()
-
-    def body_ended(self) -> None:
-        self._complete = True
-        self._came.set()
-
-    def disconnect(self) -> None:
-        self._gone = True
-        self._came.set()
-
-    async def run(self, app: Any) -> None:
-        try:
-            await app(self._scope, self._receive, self._send)
-        except Exception:
-            _log.exception("the app failed on %s %s", self._scope["method"], self._scope["path"])
-        if self._done:
-            return
-        if not self.started and not self._gone:
-            await self._send({"type": "http.response.start", "status": 500, "headers": [_CLOSE]})
-            await self._send({"type": "http.response.body", "body": b""})
-            return
-        self._done = True
-        self._connection.app_done(self._turn, broken=True)
-
-    async def _receive(self) -> MutableMapping[str, Any]:
-        while not (self._gone or self._done):
-            if self._parts or (self._complete and not self._told_end):
-                body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-                self._parts.clear()
-                self.buffered = 0
-                self._told_end = self._complete
-                self._connection.wanted(self._turn)
-                return {"type": "http.request", "body": body, "more_body": not self._complete}
-            self._connection.wanted(self._turn)
-            self._came.clear()
-            await self._came.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, event: MutableMapping[str, Any]) -> None:
-        if not self._connection.writable.is_set():
-            await self._connection.writable.wait()
-        if self._gone:
-            return
-        kind = event["type"]
-        if kind == "http.response.start" and not self.started:
-            self._begin(event["status"], [(n.lower(), v) for n, v in event.get("headers", ())])
-        elif kind == "http.response.body" and self.started and not self._done:
-            self._body(event.get("body", b""), bool(event.get("more_body")))
-        else:
-            raise RuntimeError(f"the app sent {kind} out of order")
-
-    def _begin(self, status: int, headers: Headers) -> None:
-        turn = self._turn
-        turn.expect = False
-        self._left = 0
-        if not self._complete:
-            turn.keep_alive = False  # the rest of the body will not be read
-        stated = chunked = False
-        for name, value in headers:
-            if b"\n" in value or b"\r" in value or b"\n" in name or b"\r" in name or b":" in name:
-                raise RuntimeError(f"header {name!r} cannot be sent")
-            if name == b"content-length":
-                self._left, stated = int(value), True
-            elif name == b"transfer-encoding":
-                chunked = True
-            elif name == b"connection" and b"close" in value.lower():
-                turn.keep_alive = False
-        head = self._connection.head(status, headers)
-        without_body = self._scope["method"] == "HEAD" or status in (204, 304)
-        if without_body:
-            self._left = 0
-        elif not stated:
-            if turn.version == "1.0":
-                turn.keep_alive = False  # the end of the connection is the end of the body
-                self._left = -1
-            else:
-                self._chunked = True
-                head += b"" if chunked else b"transfer-encoding: chunked\r\n"
-        if not turn.keep_alive and _CLOSE not in headers:
-            head += b"connection: close\r\n"
-        self._head = head + b"\r\n"
-        self.started = True
-
-    def _body(self, body: bytes, more: bool) -> None:
-        head, self._head = self._head or b"", None
-        if self._scope["method"] == "HEAD":
-            body = b""
-        if self._chunked:
-            data = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
-            self._connection.write(head + data + (b"" if more else b"0\r\n\r\n"))
-        else:
-            if self._left >= 0:
-                if len(body) > self._left:
-                    raise RuntimeError("the answer is longer than its content-length")
-                self._left -= len(body)
-            self._connection.write(head + body)
-        if not more:
-            if self._left > 0:
-                raise RuntimeError("the answer is shorter than its content-length")
-            self._done = True
-            self._came.set()
-            self._connection.app_done(self._turn)
 
 
 class _Sweeper:
