@@ -7,20 +7,23 @@ from typing import Annotated
 import msgspec
 import typer
 
-from mist.broker.base import Stream
+from mist.broker.base import Broker, Stream, header
 from mist.cli.filters import compile_filter, split_path
 from mist.cli.options import Select, StreamArg
 from mist.cli.records import View, as_row, document, selected
 from mist.cli.render import Output, escape, moment
 from mist.cli.scan import check_readable, last_matching
 from mist.cli.session import Session, current
-from mist.errors import CursorAhead, InvalidArgument, NotFound
+from mist.errors import CursorAhead, InvalidArgument, MistError, NotFound
 
 
 async def command(
     stream: StreamArg,
     which: Annotated[str, typer.Argument(metavar="SEQ|first|last", help="A sequence, `first` or `last`.")] = "",
     id: Annotated[str | None, typer.Option("--id", metavar="ID", help="The record with this envelope id.")] = None,
+    blobs: Annotated[
+        str, typer.Option("--blobs", metavar="DIR", help="Where large payloads lie; for log:DIR it is DIR/blobs.")
+    ] = "",
     select: Select = None,
 ) -> None:
     """Show one record, decoded.
@@ -36,9 +39,29 @@ async def command(
     session = current()
     if bool(which) == (id is not None):
         raise InvalidArgument("name one record: a sequence, first, last, or --id ID", hint="see `mist get --help`")
-    source = await session.stream(stream)
+    broker, source = await session.locate(stream)
     view = await (_by_id(session, source, id) if id is not None else _by_sequence(source, which))
+    view = _whole(session, broker, view, blobs)
     _show(session.out, view, select)
+
+
+def _whole(session: Session, broker: Broker | None, view: View, directory: str) -> View:
+    """With its payload, where that lies beside the stream and can be had; else the reference, and a warning."""
+    from mist.client.blobs import REF, Blobs, beside, whole
+
+    reference = header(view.record.headers, REF)
+    if not reference:
+        return view
+    blobs = Blobs(directory) if directory else beside(broker) if broker is not None else None
+    if blobs is None:
+        session.out.warn(f"the payload lies beside the stream ({reference}); --blobs DIR says where")
+        return view
+    try:
+        return View(whole(view.record, blobs))
+    except MistError as exc:
+        session.out.warn(exc.message)
+        session.fail_with(9)
+        return view
 
 
 async def _by_sequence(stream: Stream, which: str) -> View:

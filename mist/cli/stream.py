@@ -459,6 +459,34 @@ async def verify(
         )
 
 
+@app.command("sweep")
+async def sweep(
+    blobs: Annotated[
+        str, typer.Option("--blobs", metavar="DIR", help="Where large payloads lie; for log:DIR it is DIR/blobs.")
+    ] = "",
+    grace: Annotated[str, typer.Option("--grace", metavar="AGE", help="Leave what is younger; default 1d.")] = "1d",
+) -> None:
+    """Remove large payloads beside the streams that no record of this broker refers to any more.
+
+    Reads every stream of the broker. All streams that refer to the directory must be on it.
+
+    Examples:
+      mist stream sweep
+      mist stream sweep -u nats://localhost:4222 --blobs /var/lib/mist/blobs
+    """
+    from mist.client.blobs import Blobs, beside, sweep_all
+
+    session = current()
+    broker = await session.connect()
+    where = Blobs(blobs) if blobs else beside(broker)
+    if where is None:
+        raise InvalidArgument("where do large payloads lie?", hint="name the directory: --blobs DIR")
+    done = await sweep_all(broker, where, grace_s=parse_duration(grace))
+    session.out.note(f"removed {done.removed:,} payloads, {done.bytes:,} bytes; {done.young:,} are too young to go")
+    if session.out.format != "table":
+        session.out.item(msgspec.to_builtins(done))
+
+
 @app.command("compact")
 async def compact(stream: StreamArg) -> None:
     """Rewrite the storage of a stream more densely, where the backend can. Records do not change.

@@ -17,9 +17,10 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from mist.broker.backoff import Backoff
-from mist.broker.base import ALL, BYTES_MAX, Broker, ConsumerConfig, Message, Stream, StreamConfig
+from mist.broker.base import ALL, BYTES_MAX, Broker, ConsumerConfig, Headers, Message, Stream, StreamConfig
 from mist.broker.cursor import Cursor, OnGap
 from mist.broker.publisher import Publisher
+from mist.client.blobs import Blobs, beside, outlined
 from mist.client.policy import NAK_BACKOFF, AckPolicy
 from mist.client.reader import Reader
 from mist.client.received import Bad, OnBad, Received
@@ -32,35 +33,54 @@ from mist.protocol.subject import subject_for
 _subject_for = lru_cache(maxsize=4096)(subject_for)
 
 
-def to_message(envelope: Envelope, *, qualifier: str = "", size_bytes_max: int = SIZE_BYTES_MAX) -> Message:
+def to_message(
+    envelope: Envelope, *, qualifier: str = "", size_bytes_max: int = SIZE_BYTES_MAX, headers: Headers = ()
+) -> Message:
     """The message that stores an envelope. Raises TooLarge, InvalidArgument (a type that makes no subject)."""
     data = encode(envelope)
     if len(data) > size_bytes_max:
         raise TooLarge(f"envelope {envelope.id}", size_bytes=len(data), size_bytes_max=size_bytes_max)
-    return Message(_subject_for(envelope.type, qualifier), data, envelope.id)
+    return Message(_subject_for(envelope.type, qualifier), data, envelope.id, headers)
 
 
 class EnvelopePublisher:
     """Publishes envelopes to one stream. `publisher` is the batching window below; see there for the promises."""
 
-    def __init__(self, publisher: Publisher, *, size_bytes_max: int = SIZE_BYTES_MAX) -> None:
+    def __init__(
+        self, publisher: Publisher, *, size_bytes_max: int = SIZE_BYTES_MAX, blobs: Blobs | None = None
+    ) -> None:
         self.publisher = publisher
+        self._whole_bytes_max = size_bytes_max
         self._size_bytes_max = min(size_bytes_max, publisher.stream.size_bytes_max)
+        self._blobs = blobs
 
     def message(self, envelope: Envelope, qualifier: str = "") -> Message:
         return to_message(envelope, qualifier=qualifier, size_bytes_max=self._size_bytes_max)
 
     async def publish(self, envelope: Envelope, *, qualifier: str = "") -> int:
         """Store it; its sequence."""
-        return await self.publisher.publish(self.message(envelope, qualifier))
+        return await self.publisher.publish(await self._message(envelope, qualifier))
 
     async def publish_many(self, envelopes: Sequence[Envelope], *, qualifier: str = "") -> list[int]:
         """Store them in order; their sequences. All or a prefix (PartialAppend)."""
-        return await self.publisher.publish_many([self.message(e, qualifier) for e in envelopes])
+        if self._blobs is None:
+            return await self.publisher.publish_many([self.message(e, qualifier) for e in envelopes])
+        return await self.publisher.publish_many([await self._message(e, qualifier) for e in envelopes])
 
     async def send(self, envelope: Envelope, *, qualifier: str = "") -> None:
         """Accept it, waiting for room. Its error, if any, comes at `flush`."""
-        await self.publisher.send(self.message(envelope, qualifier))
+        await self.publisher.send(await self._message(envelope, qualifier))
+
+    async def _message(self, envelope: Envelope, qualifier: str) -> Message:
+        """The message, a large payload stored beside the stream first. The limit of an envelope is that of the whole."""
+        blobs = self._blobs
+        size = len(bytes(envelope.payload)) if blobs is not None else 0
+        if blobs is None or size <= blobs.over_bytes:
+            return self.message(envelope, qualifier)
+        if size > self._whole_bytes_max:
+            raise TooLarge(f"envelope {envelope.id}", size_bytes=size, size_bytes_max=self._whole_bytes_max)
+        small, headers = await asyncio.to_thread(outlined, envelope, blobs)
+        return to_message(small, qualifier=qualifier, size_bytes_max=self._size_bytes_max, headers=headers)
 
     async def flush(self) -> None:
         """Wait for everything accepted so far; raises the first error nobody waited for."""
@@ -80,12 +100,17 @@ class EnvelopePublisher:
 
 
 class Client:
-    """Speaks envelopes over `broker`. `source` is what `envelope` writes as the sender."""
+    """Speaks envelopes over `broker`. `source` is what `envelope` writes as the sender. With `blobs`, large payloads go
+    beside the stream and come back whole; those of a log that others stored so come back whole without it, too."""
 
-    def __init__(self, broker: Broker, *, source: str = "", size_bytes_max: int = SIZE_BYTES_MAX) -> None:
+    def __init__(
+        self, broker: Broker, *, source: str = "", size_bytes_max: int = SIZE_BYTES_MAX, blobs: Blobs | None = None
+    ) -> None:
         self.broker = broker
         self.source = source
         self._size_bytes_max = size_bytes_max
+        self._blobs = blobs
+        self._reading = blobs or beside(broker)
         self._streams: dict[str, Stream] = {}
         self._shared: dict[str, EnvelopePublisher] = {}
         self._own: list[EnvelopePublisher] = []
@@ -142,7 +167,9 @@ class Client:
             found = self._shared.get(stream)
             if found is None:
                 publisher = Publisher(await self.stream(stream))
-                found = self._shared[stream] = EnvelopePublisher(publisher, size_bytes_max=self._size_bytes_max)
+                found = self._shared[stream] = EnvelopePublisher(
+                    publisher, size_bytes_max=self._size_bytes_max, blobs=self._blobs
+                )
             return found
 
     async def publisher(
@@ -163,7 +190,7 @@ class Client:
             batch_records_max=batch_records_max, linger_s=linger_s, repeats_max=repeats_max,
             repeat_s_max=repeat_s_max, on_error=on_error,
         )  # fmt: skip
-        own = EnvelopePublisher(below, size_bytes_max=self._size_bytes_max)
+        own = EnvelopePublisher(below, size_bytes_max=self._size_bytes_max, blobs=self._blobs)
         self._own.append(own)
         return own
 
@@ -194,7 +221,7 @@ class Client:
         """
         return Reader(
             self._open_cursor(stream, after, subjects, name, limit, bytes_max, on_gap),
-            follow=False, to=to, on_bad=on_bad,
+            follow=False, to=to, on_bad=on_bad, blobs=self._reading,
         )  # fmt: skip
 
     @overload
@@ -217,7 +244,7 @@ class Client:
         """As `replay`, but waits at the end for what comes. For new records only: `after=(await s.info()).last`."""
         return Reader(
             self._open_cursor(stream, after, subjects, name, limit, bytes_max, on_gap),
-            follow=True, to=None, on_bad=on_bad, wait_s=wait_s,
+            follow=True, to=None, on_bad=on_bad, wait_s=wait_s, blobs=self._reading,
         )  # fmt: skip
 
     def _open_cursor(
@@ -271,7 +298,7 @@ class Client:
             await opened.consumer(consumer, config), handler, batch_handler=batch_handler, batch_max=batch_max,
             policy=policy, concurrency=concurrency, prefetch=prefetch, bytes_max=bytes_max, backoff=backoff,
             handle_s_max=handle_s_max, drain_s=drain_s, flush_s=flush_s, fetch_wait_s=fetch_wait_s,
-            away_s_max=away_s_max, on_gap=on_gap, on_error=on_error, rand=rand,
+            away_s_max=away_s_max, on_gap=on_gap, on_error=on_error, rand=rand, blobs=self._reading,
         )  # fmt: skip
 
     # ending

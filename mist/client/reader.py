@@ -14,6 +14,7 @@ from typing import Generic, Self, TypeVar, cast
 
 from mist.broker.base import Page, Record
 from mist.broker.cursor import Cursor, Gap, Lag
+from mist.client.blobs import Blobs
 from mist.client.received import Bad, OnBad, Received, receive
 from mist.errors import InvalidArgument, MistError
 
@@ -27,7 +28,10 @@ class Reader(Generic[R]):
     `opening` makes the cursor and is called once, at the first use.
     """
 
-    def __init__(self, opening: Opening, *, follow: bool, to: int | None, on_bad: OnBad, wait_s: float = 30.0) -> None:
+    def __init__(
+        self, opening: Opening, *, follow: bool, to: int | None, on_bad: OnBad, wait_s: float = 30.0,
+        blobs: Blobs | None = None,
+    ) -> None:  # fmt: skip
         if on_bad not in ("raise", "skip", "yield"):
             raise InvalidArgument(f'on_bad is "raise", "skip" or "yield", not {on_bad!r}')
         self._opening = opening
@@ -36,6 +40,7 @@ class Reader(Generic[R]):
         self._to = to
         self._on_bad = on_bad
         self._wait_s = wait_s
+        self._blobs = blobs
         self._pages: AsyncGenerator[Page, None] | None = None
         self.bad_count = 0
         """Records that were no acceptable envelope so far."""
@@ -104,7 +109,7 @@ class Reader(Generic[R]):
 
     def _receive(self, record: Record) -> R | None:
         try:
-            return cast(R, receive(record))
+            return cast(R, receive(record, self._blobs))
         except MistError as exc:
             self.bad_count += 1
             if self._on_bad == "raise":

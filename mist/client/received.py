@@ -12,6 +12,7 @@ from typing import Literal
 from msgspec import Struct
 
 from mist.broker.base import Record, header
+from mist.client.blobs import Blobs, inlined
 from mist.errors import MistError
 from mist.protocol.codec import MSGPACK, decode, decode_foreign, decode_msgpack
 from mist.protocol.envelope import Envelope
@@ -48,17 +49,23 @@ class Bad(Struct, frozen=True):
         return self.record.timestamp_ns
 
 
-def decode_record(record: Record) -> Envelope:
-    """The envelope in a record. Raises a ProtocolError (Malformed, ChecksumMismatch, …) or TooLarge."""
-    if record.headers and header(record.headers, CONTENT_TYPE) == MSGPACK:
-        return decode_msgpack(record.data)
+def decode_record(record: Record, blobs: Blobs | None = None) -> Envelope:
+    """The envelope in a record, with a payload that lies beside the stream where `blobs` has it. Raises a ProtocolError
+    (Malformed, ChecksumMismatch, …), TooLarge, or DataLoss for such a payload that is gone."""
+    if record.headers:
+        packed = header(record.headers, CONTENT_TYPE) == MSGPACK
+        return inlined(decode_msgpack(record.data) if packed else _decoded(record), record, blobs)
+    return _decoded(record)
+
+
+def _decoded(record: Record) -> Envelope:
     return decode(record.data) if record.id else decode_foreign(record.data)
 
 
-def receive(record: Record) -> Received:
+def receive(record: Record, blobs: Blobs | None = None) -> Received:
     """The record as `Received`. Raises as `decode_record`, with the sequence among the error's coordinates."""
     try:
-        return Received(record.sequence, record.subject, record.timestamp_ns, decode_record(record))
+        return Received(record.sequence, record.subject, record.timestamp_ns, decode_record(record, blobs))
     except MistError as exc:
         exc.meta.setdefault("sequence", str(record.sequence))
         raise

@@ -30,6 +30,7 @@ from mist.broker.backoff import Backoff
 from mist.broker.base import BYTES_MAX, Consumer, Delivery, check_delay
 from mist.broker.clock import SYSTEM, Clock
 from mist.broker.cursor import GAPS_MAX, Gap, OnGap
+from mist.client.blobs import Blobs
 from mist.client.policy import NAK_BACKOFF, AckPolicy, nak_delay_s
 from mist.client.received import decode_record
 from mist.errors import DataLoss, InvalidArgument, MistError, TimedOut
@@ -141,6 +142,7 @@ class Worker:
         on_error: Callable[[Delivered, Exception], None] | None = None,
         clock: Clock = SYSTEM,
         rand: Callable[[], float] = random.random,
+        blobs: Blobs | None = None,
     ) -> None:
         if (handler is None) == (batch_handler is None):
             raise InvalidArgument("worker: give either handler or batch_handler")
@@ -164,6 +166,7 @@ class Worker:
         self._on_error = on_error
         self._clock = clock
         self._rand = rand
+        self._blobs = blobs
 
         self.stats = WorkerStats()
         self.gaps: deque[Gap] = deque(maxlen=GAPS_MAX)
@@ -312,7 +315,7 @@ class Worker:
             if delivery.attempt > 1:
                 stats.redelivered += 1
             try:
-                items.append(Delivered(self, delivery, decode_record(delivery.record), now))
+                items.append(Delivered(self, delivery, decode_record(delivery.record, self._blobs), now))
             except MistError as exc:
                 stats.undecodable += 1
                 self._put("term", f"{exc.code}: {exc.message}", delivery)

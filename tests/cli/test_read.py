@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from cli.conftest import Cli, envelope, fill, message, with_broker
-from mist.broker.base import Message, StreamConfig
+from mist.broker.base import Broker, Message, StreamConfig
+from mist.client.blobs import beside
+from mist.client.client import Client
 from mist.protocol.codec import encode, encode_msgpack
 
 
@@ -277,3 +279,30 @@ def test_a_limited_stream_still_counts_right(cli: Cli, url: str) -> None:
     kept = info["records"]
     assert cli.ok("-u", url, "count", "s").out == f"{kept}\n"
     assert len(cli.ok("-u", url, "tail", "s", "-n", "100", "-o", "jsonl").lines) == kept
+
+
+def test_get_and_sweep_payloads_beside_the_stream(cli: Cli, log: str, tmp_path: Path) -> None:
+    """`get` shows the whole payload of a log, the reference with a warning where it is gone; `sweep` takes what nobody names."""
+
+    async def body(broker: Broker) -> None:
+        store = beside(broker)
+        assert store is not None
+        async with Client(broker, source="t", blobs=store) as client:
+            await client.publish("s", client.envelope("a.b", "x" * 1_100_000))
+            await client.publish("s", client.envelope("a.b", "small"))
+
+    with_broker(log, body)
+    assert cli.ok("-u", log, "get", "s", "1", "-j").json["envelope"]["payload"] == "x" * 1_100_000
+    assert cli.ok("-u", log, "stream", "sweep", "--grace", "0s", "-j").json["removed"] == 0
+    cli.ok("-u", log, "stream", "purge", "s", "--before", "2", "-y")
+    assert cli.ok("-u", log, "stream", "sweep", "-j").json["young"] == 1
+    assert cli.ok("-u", log, "stream", "sweep", "--grace", "0s", "-j").json["removed"] == 1
+    with_broker(log, body)
+    for path in (Path(log.removeprefix("log:")) / "blobs").rglob("*"):
+        if path.is_file() and path.name != "lock":
+            path.unlink()
+    gone = cli("-u", log, "get", "s", "3", "-j")
+    assert gone.code == 9
+    assert list(gone.json["envelope"]["payload"]) == ["$ref", "size"]
+    assert "incomplete" in gone.err or "no payload" in gone.err
+    assert cli("-u", "memory:sweep", "stream", "sweep").code == 2

@@ -49,6 +49,7 @@ SPEC = [
     "stream.subjects",
     "stream.gaps",
     "stream.verify",
+    "stream.sweep",
     "stream.compact",
     "tail",
     "get",

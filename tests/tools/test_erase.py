@@ -12,10 +12,13 @@ from conftest import run
 import mist
 from mist.broker.base import Broker, Message, Record
 from mist.broker.deadletter import bury, dead_letter
+from mist.client.blobs import Blobs
+from mist.client.client import Client
 from mist.errors import InvalidArgument, NotFound, Unavailable, Unsupported
 from mist.protocol.codec import MSGPACK, decode, encode, encode_msgpack
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN
+from mist.testing.clock import FakeClock
 from mist.tools.tokentrace.erase import (
     BEGUN,
     DONE,
@@ -226,6 +229,33 @@ def test_a_page_under_way_to_the_store_is_erased_too(tmp_path: Path) -> None:
                 done = await erase(broker, "trace", store, Selector(user=USER), **WHY)
                 assert store.count() == 0
                 assert (done.records, done.spans, done.behind) == (5, 5, False)
+
+    run(body())
+
+
+def test_payloads_beside_the_stream_go_too(tmp_path: Path) -> None:
+    """What the selector is about is read there; the file goes unless another record has the same payload."""
+
+    async def body() -> None:
+        clock = FakeClock()
+        store = Blobs(tmp_path / "blobs", over_bytes=1000, clock=clock)
+        async with mist.connect("memory:") as broker, Client(broker, source="t", blobs=store) as client:
+            big = payload(1, attrs={"user": USER, "prompt": "p" * 3000})
+            other = payload(2, attrs={"user": "other", "prompt": "q" * 3000})
+            for span_ in (big, other):
+                await client.publish("trace", client.envelope(TRACE_SPAN, span_))
+            shared = payload(3, attrs={"user": USER, "prompt": "r" * 3000})
+            await client.publish("trace", client.envelope(TRACE_SPAN, shared))
+            await client.publish("copy", client.envelope(TRACE_SPAN, shared))
+            young = await erase(broker, "trace", None, Selector(trace_id="none"), blobs=store, **WHY)
+            assert (young.records, young.blobs, young.blobs_left) == (0, 0, 0)
+            clock.advance(61.0)
+            done = await erase(broker, "trace", None, Selector(user=USER), blobs=store, **WHY)
+            assert (done.records, done.blobs, done.blobs_left) == (2, 1, 0)
+            left = [p.read_bytes() for p in (tmp_path / "blobs").rglob("*") if p.is_file()]
+            assert not [c for c in left if b"p" * 3000 in c]
+            assert [e.envelope.data()["attrs"]["user"] async for e in client.replay("trace")] == ["other"]
+            assert len([e async for e in client.replay("copy")]) == 1
 
     run(body())
 

@@ -29,6 +29,7 @@ from msgspec import Struct
 from mist.broker.base import Broker, Record, Stream, header
 from mist.broker.clock import SYSTEM, Clock
 from mist.broker.cursor import Cursor
+from mist.client.blobs import GRACE_ERASED_S, Blobs, Swept, beside, referenced, references, whole
 from mist.client.client import to_message
 from mist.errors import InvalidArgument, MistError, NotFound, Unsupported
 from mist.protocol.codec import MSGPACK, decode, decode_msgpack
@@ -69,7 +70,8 @@ class ErasureBegun(Struct, frozen=True, kw_only=True):
 
 class ErasureDone(Struct, frozen=True, kw_only=True):
     """`behind`: the ingest stood before sequence `upto` when the store was erased from for the last time; when it is
-    running, erase again later. `damaged` sequences could not be read, and so not looked into."""
+    running, erase again later. `damaged` sequences could not be read, and so not looked into. `blobs_left`: payloads beside the
+    stream that nobody names any more but that were stored a moment ago; the next sweep takes them."""
 
     erasure: str
     records: int
@@ -78,6 +80,8 @@ class ErasureDone(Struct, frozen=True, kw_only=True):
     damaged: int
     upto: int
     behind: bool
+    blobs: int
+    blobs_left: int
     time_ns: int
 
 
@@ -87,6 +91,7 @@ class Found(Struct):
     sequences: list[int]
     damaged: int
     upto: int
+    references: set[str] = set()
 
 
 async def erase(
@@ -98,11 +103,13 @@ async def erase(
     reason: str,
     by: str,
     audit: str = AUDIT,
+    blobs: Blobs | None = None,
     settle_s: float = SETTLE_S,
     clock: Clock = SYSTEM,
     on_event: Callable[[str], None] | None = None,
 ) -> ErasureDone:
-    """Erase what the selector names. `by` is who does it, `reason` why; both are kept for ever.
+    """Erase what the selector names. `by` is who does it, `reason` why; both are kept for ever. `blobs` is where payloads of the
+    stream lie (by default a log's own): those of erased records go unless another record of the broker has the same.
 
     Raises InvalidArgument, NotFound, Unsupported (a backend without `erase`) before anything is done. After any later error
     repeat it: what is gone already is passed over, and a second pair of audit records says what the repeat did.
@@ -122,12 +129,13 @@ async def erase(
         time_ns=clock.time_ns(),
     )  # fmt: skip
     await _note(broker, audit, BEGUN, begun, clock)
-    found = await find(source, selector)
+    blobs = blobs or beside(broker)
+    found = await find(source, selector, blobs)
     letters: Stream | None = None
     of_dead = Found([], 0, 0)
     with suppress(NotFound):
         letters = await broker.open(dead_stream(stream), create=False)
-        of_dead = await find(letters, selector)
+        of_dead = await find(letters, selector, blobs)
     # the store first: what quarantine holds is known by its sequences, which nobody finds when the stream forgot them
     spans = await _from_store(store, selector, stream, found)
     records = await source.erase(found.sequences)
@@ -137,21 +145,28 @@ async def erase(
     behind = store is not None and await _behind(store, stream, found.upto, settle_s)
     spans += await _from_store(store, selector, stream, found)
     say(f"{spans} spans erased from the store")
+    refs = found.references | of_dead.references
+    swept = Swept(0, 0, 0, 0)
+    if blobs is not None and refs:
+        used = await referenced(broker)
+        swept = await asyncio.to_thread(blobs.sweep, used, grace_s=GRACE_ERASED_S, among=refs)
+        say(f"{swept.removed} payloads beside the stream erased")
     done = ErasureDone(
         erasure=erasure, records=records, dead_letters=dead_letters, spans=spans, damaged=found.damaged + of_dead.damaged,
-        upto=found.upto, behind=behind, time_ns=clock.time_ns(),
+        upto=found.upto, behind=behind, blobs=swept.removed, blobs_left=swept.young, time_ns=clock.time_ns(),
     )  # fmt: skip
     await _note(broker, audit, DONE, done, clock)
     return done
 
 
-async def find(stream: Stream, selector: Selector) -> Found:
+async def find(stream: Stream, selector: Selector, blobs: Blobs | None = None) -> Found:
     """The records that concern the selector, up to the end as of now. Changes nothing."""
     out = Found([], 0, (await stream.info()).last)
     async with Cursor(stream, on_gap="skip") as cursor:
         async for page in cursor.pages(to=out.upto):
-            matching = await asyncio.to_thread(_matching, page.records, selector)
-            out.sequences.extend(matching)
+            matching = await asyncio.to_thread(_matching, page.records, selector, blobs)
+            out.sequences.extend([r.sequence for r in matching])
+            out.references |= references(matching)
         out.damaged = sum(gap.last - gap.first + 1 for gap in cursor.gaps if gap.why == "data_loss")
     return out
 
@@ -186,9 +201,11 @@ def digest(salt: str, kind: str, value: str) -> str:
     return hashlib.sha256(b"".join(part.encode() + b"\0" for part in (salt, kind, value))).hexdigest()
 
 
-def concerns(record: Record, selector: Selector) -> bool:
+def concerns(record: Record, selector: Selector, blobs: Blobs | None = None) -> bool:
     """Whether a record belongs to the trace, user or tenant."""
     kind, value = selected(selector)
+    with suppress(MistError):  # a payload that cannot be had is looked for in what is there
+        record = whole(record, blobs)
     try:
         row = row_of(record)
     except BadSpan:
@@ -208,8 +225,8 @@ def _holds(data: bytes, value: str) -> bool:
     return msgspec.json.encode(value) in data or msgspec.msgpack.encode(value) in data
 
 
-def _matching(records: list[Record], selector: Selector) -> list[int]:
-    return [r.sequence for r in records if concerns(r, selector)]
+def _matching(records: list[Record], selector: Selector, blobs: Blobs | None) -> list[Record]:
+    return [r for r in records if concerns(r, selector, blobs)]
 
 
 async def _from_store(store: Erasable | None, selector: Selector, stream: str, found: Found) -> int:
