@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from mist.cli._up_platform import Platform, Tool
+from mist.client.blobs import beside, outlining
 from mist.kit.prices import load_prices
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
+from mist.protocol.subject import subject_for
 from mist.protocol.url import redact
 from mist.tools.tokentrace.alerts.rules import Rule
 from mist.tools.tokentrace.intake import Intake
+from mist.tools.tokentrace.publish import subject_of
 from mist.tools.tokentrace.service import Limits, Service
 from mist.tools.tokentrace.settings import TokenTraceSettings
 from mist.tools.tokentrace.stats import Metrics
@@ -31,11 +34,13 @@ def door(store: Callable[[], Path], *, intake: Intake) -> Tool:
 
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
-        append = server.stream_sink(stream)
+        append = outlining(
+            server.stream_sink(stream), stream, beside(platform.broker), lambda env: subject_for(env.type)
+        )
 
         async def counted(envelopes: list[Envelope]) -> Sequence[int] | None:
             nonlocal accepted
-            sequences = await append(envelopes)
+            sequences: Sequence[int] | None = await append(envelopes)
             accepted += len(envelopes)
             return sequences
 
@@ -55,7 +60,10 @@ def otlp(store: Callable[[], Path], *, intake: Intake, grpc_listen: str = "") ->
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
         limits = server.Limits(size_bytes_max=min(SIZE_BYTES_MAX, stream.size_bytes_max))
-        sink = intake.before(span_sink(stream))
+        plain = outlining(
+            span_sink(stream), stream, beside(platform.broker), lambda env: subject_of(env.type, env.source)
+        )
+        sink = intake.before(plain)
         receiver = Receiver(sink, limits)
         platform.doors |= dict.fromkeys((PATH, *OTLP_REFUSED), receiver)
         if not grpc_listen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from mist.kit.signals import drained
 
 if TYPE_CHECKING:
     from mist.kit.prices import Prices
+    from mist.protocol.envelope import Envelope
     from mist.tools.tokentrace.queries import StoredSpan
     from mist.tools.tokentrace.spans import SpanRow
     from mist.tools.tokentrace.store import Store
@@ -112,9 +113,11 @@ async def ingest(
       mist trace ingest azure_llm_conv_2023.csv --model gpt-4
       mist trace ingest calls.csv --column tokens_in=PromptTokens --column tokens_out=CompletionTokens
     """
+    from mist.client.blobs import beside
     from mist.tools.tokentrace import files, publish
     from mist.tools.tokentrace.ingest import Options
     from mist.tools.tokentrace.ingest import ingest as run_ingest
+    from mist.tools.tokentrace.intake import Intake
     from mist.tools.tokentrace.store import Store
 
     session = current()
@@ -125,9 +128,22 @@ async def ingest(
         out.note(f"{broker.url} is for publishing only: its rows can be queried when a worker has read them behind it")
         wait = False
     path = store_of(session, store) if wait else None
+    intake = Intake(session.config.tokentrace.redact, session.config.tokentrace.sample)
+
+    def taken() -> Iterator[Envelope | files.BadRow]:
+        for row in rows:
+            if isinstance(row, files.BadRow):
+                yield row
+            else:
+                yield from intake([row])
+
     with out.progress("publishing") as bar:
         published = await publish.publish(
-            opened, rows, rate=rate, on_acked=lambda _e, sequences: bar.at(sequences[-1] if sequences else 0)
+            opened,
+            taken(),
+            rate=rate,
+            blobs=beside(broker),
+            on_acked=lambda _e, sequences: bar.at(sequences[-1] if sequences else 0),
         )
     for bad in published.refused[:SHOWN_REFUSED]:
         out.warn(f"{file}:{bad.line}: {bad.reason}")

@@ -4,28 +4,30 @@
 
 Promises: a file is whole and synced before `put` returns, so before its record is appended; what `get` gives has the
 digest it was asked for; `sweep` removes nothing that a record names or that was put within the grace time. Only the
-header `Mist-Ref` makes a record a reference, never a payload that looks like one. docs/adr/0015 says why.
+header `Mist-Ref` makes a record a reference, never a payload that looks like one. docs/adr/0018 says why.
 
 Does not: encrypt, compress, or copy itself to where a stream is copied to. Synchronous, but for `sweep_all`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct, field
 from msgspec.structs import replace
 
-from mist.broker.base import Broker, Headers, Record, header
+from mist.broker.base import Broker, Headers, Message, Record, Stream, header
 from mist.broker.clock import SYSTEM, Clock
 from mist.broker.cursor import Cursor
 from mist.errors import DataLoss, Malformed, MistError, NotFound, StorageFull, Unavailable
@@ -182,6 +184,27 @@ def outlined(envelope: Envelope, blobs: Blobs | None) -> tuple[Envelope, Headers
     small = msgspec.json.encode(Reference(reference, len(payload)))
     checksum = zlib.crc32(small) if envelope.checksum else 0
     return replace(envelope, payload=Raw(small), checksum=checksum), ((REF, reference),)
+
+
+Store = Callable[[list[Envelope]], Awaitable[Any]]
+
+
+def outlining(plain: Store, stream: Stream, blobs: Blobs | None, subject: Callable[[Envelope], str]) -> Store:
+    """A sink that stores large payloads beside the stream; what has none goes to `plain` as it is."""
+    if blobs is None:
+        return plain
+    most = blobs.over_bytes
+
+    async def store(envelopes: list[Envelope]) -> Any:
+        if max([memoryview(e.payload).nbytes for e in envelopes], default=0) <= most:
+            return await plain(envelopes)
+        messages = []
+        for envelope in envelopes:
+            small, headers = await asyncio.to_thread(outlined, envelope, blobs)
+            messages.append(Message(subject(envelope), encode(small), envelope.id, headers))
+        return await stream.append(messages)
+
+    return store
 
 
 def inlined(envelope: Envelope, record: Record, blobs: Blobs | None) -> Envelope:

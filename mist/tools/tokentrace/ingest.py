@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from mist.broker.base import Broker, Checkpoint, Page, Stream
 from mist.broker.patience import AWAY_S, again
+from mist.client.blobs import Blobs, beside, whole
 from mist.errors import DataLoss, MistError, Refused, SequenceExpired, WrongIncarnation
 from mist.kit.prices import Prices
 from mist.tools.tokentrace.spans import BadSpan, SpanRow, row_of
@@ -67,14 +68,17 @@ def start(store: Store, stream: Stream, *, restart: bool = False, first_after: i
     return found.sequence if found else first_after
 
 
-def batch_of(page: Page, after: int, prices: Prices | None = None) -> Batch:
-    """Pure: what this page does to the store. `prices` makes the costs that spans do not state."""
+def batch_of(page: Page, after: int, prices: Prices | None = None, blobs: Blobs | None = None) -> Batch:
+    """What this page does to the store. `prices` makes the costs that spans do not state; `blobs` is where payloads lie that
+    are beside the stream, the only thing that is read here."""
     rows: list[SpanRow] = []
     refused: list[Refusal] = []
     for record in page.records:
         try:
+            if record.headers and blobs is not None:
+                record = whole(record, blobs)
             row = row_of(record, prices)
-        except BadSpan as exc:
+        except (BadSpan, MistError) as exc:
             refused.append(Refusal(record.sequence, record.timestamp_ns, str(exc), record.subject, record.data))
             continue
         if row is not None:
@@ -91,6 +95,8 @@ class Options(Struct, frozen=True, kw_only=True):
     page_records: int = PAGE
     wait_s: float = WAIT_S
     mirror: bool = True
+    blobs: Blobs | None = None
+    """Where large payloads lie; None = where the broker says, if it does."""
 
 
 async def ingest(
@@ -120,7 +126,7 @@ async def ingest(
     mirrors = options.mirror and broker.capabilities.checkpoints
     mirrored, mirrored_at = -1, 0.0
     pause = 0.05
-    async with _Ahead(stream, options) as pages:
+    async with _Ahead(stream, options, options.blobs or beside(broker)) as pages:
         while not (stop is not None and stop.is_set()) and (until is None or after < until):
             try:
                 wait_s = options.wait_s if progress.position == mirrored or not mirrors else 0.0
@@ -152,9 +158,10 @@ class _Ahead:
     """The next page of the stream, read and understood while the one before is stored. Reading is a pure function of
     the position: a page that turns out not to be wanted is dropped."""
 
-    def __init__(self, stream: Stream, options: Options) -> None:
+    def __init__(self, stream: Stream, options: Options, blobs: Blobs | None) -> None:
         self._stream = stream
         self._options = options
+        self._blobs = blobs
         self._after = -1
         self._task: asyncio.Task[Batch | None] | None = None
 
@@ -195,7 +202,7 @@ class _Ahead:
             return _gap_batch(after, exc.resume_after, str(exc.message))
         if page.scanned == after:
             return None
-        return batch_of(page, after, self._options.prices)
+        return batch_of(page, after, self._options.prices, self._blobs)
 
     async def _drop(self) -> None:
         task, self._task = self._task, None

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from mist.broker.base import Message, Stream
 from mist.broker.patience import again
+from mist.client.blobs import Blobs, outlined
 from mist.errors import InvalidArgument
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
@@ -47,8 +48,9 @@ async def publish(
     batch: int = BATCH,
     on_acked: Acked | None = None,
     gate: Gate | None = None,
+    blobs: Blobs | None = None,
 ) -> Published:
-    """Append them in order. `rate`: at most so many a second (0 = as fast as it goes). `on_acked` is called after each
+    """Append them in order, large payloads beside the stream where `blobs` says where. `rate`: at most so many a second (0 = as fast as it goes). `on_acked` is called after each
     acknowledged batch with its envelopes and sequences; `gate` before each batch with the number acknowledged."""
     out = Published()
     began = time.monotonic()
@@ -85,9 +87,10 @@ async def publish(
             if len(out.refused) < REFUSED_KEPT:
                 out.refused.append(row)
             continue
-        data = encode(row)
+        small, headers = outlined(row, blobs)
+        data = encode(small)
         waiting.append(row)
-        messages.append(Message(subject_of(row.type, row.source), data, row.id))
+        messages.append(Message(subject_of(row.type, row.source), data, row.id, headers))
         size += len(data)
         if len(messages) >= batch or size >= BATCH_BYTES_MAX:
             await flush()
