@@ -52,6 +52,10 @@ CLUSTER_RECORDS = 1_000
 DEAD_S = 3.0
 
 
+_PLATFORM = ("MIST_PORT", "OTLP_GRPC_PORT", "TRACE_PORT")
+"""What the platform publishes: the door, OTLP over gRPC, the questions."""
+
+
 class CannotRun(Exception):
     """Something of this machine is missing."""
 
@@ -393,7 +397,7 @@ def containers_of_tests() -> None:
 
 
 def one_machine(docker: list[str], compose: list[str]) -> None:
-    ports = {n: str(free_port()) for n in ("NATS_PORT", "NATS_MONITOR_PORT", "REDIS_PORT", "MIST_PORT")}
+    ports = {n: str(free_port()) for n in ("NATS_PORT", "NATS_MONITOR_PORT", "REDIS_PORT", *_PLATFORM)}
     door = int(ports["MIST_PORT"])
     with running(docker, compose, "compose.yaml", ports) as up:
         up.up()
@@ -408,7 +412,7 @@ def one_machine(docker: list[str], compose: list[str]) -> None:
 
 
 def cluster(docker: list[str], compose: list[str]) -> None:
-    names = ("NATS1_PORT", "NATS2_PORT", "NATS3_PORT", "NATS_MONITOR_PORT", "MIST_PORT")
+    names = ("NATS1_PORT", "NATS2_PORT", "NATS3_PORT", "NATS_MONITOR_PORT", *_PLATFORM)
     ports = {n: str(free_port()) for n in names}
     seeds = ",".join(f"127.0.0.1:{ports[f'NATS{i}_PORT']}" for i in (1, 2, 3))
     url = f"nats://{seeds}?monitor={ports['NATS_MONITOR_PORT']}"

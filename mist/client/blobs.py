@@ -4,7 +4,7 @@
 
 Promises: a file is whole and synced before `put` returns, so before its record is appended; what `get` gives has the
 digest it was asked for; `sweep` removes nothing that a record names or that was put within the grace time. Only the
-header `Mist-Ref` makes a record a reference, never a payload that looks like one. docs/adr/0018 says why.
+header `Mist-Ref` makes a record a reference, never a payload that looks like one. docs/adr/0016 says why.
 
 Does not: encrypt, compress, or copy itself to where a stream is copied to. Synchronous, but for `sweep_all`.
 """
