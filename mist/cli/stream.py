@@ -481,7 +481,7 @@ async def sweep(
     where = Blobs(blobs) if blobs else beside(broker)
     if where is None:
         raise InvalidArgument("where do large payloads lie?", hint="name the directory: --blobs DIR")
-    done = await sweep_all(broker, where, grace_s=parse_duration(grace))
+    done = await sweep_all(broker, where, grace_s=float(Duration(grace)))
     session.out.note(f"removed {done.removed:,} payloads, {done.bytes:,} bytes; {done.young:,} are too young to go")
     if session.out.format != "table":
         session.out.item(msgspec.to_builtins(done))

@@ -70,7 +70,7 @@ def test_an_open_reader_and_an_open_writer_see_the_gap() -> None:
 
 def test_ids_of_trimmed_records_stay_known_beside_erased_ones() -> None:
     """A writer forgets the ids that were erased, and nothing else: what it knew of trimmed records is not on disk."""
-    files, model, one, other = two()
+    _, model, one, other = two()
     assert other.append([Message("a", b"", "id-1")]) == [1]
     one.trim(8)
     assert model.erase(one, [9]) is None
