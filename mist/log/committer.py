@@ -15,7 +15,7 @@ from itertools import chain
 from mist.broker.base import RECORD_BYTES_MAX, Headers, Message, check_columns, check_messages, plain
 from mist.broker.notify import Notifier
 from mist.errors import Ambiguous, Closed, Internal, Locked, MistError, PartialAppend, Unavailable, WrongSequence
-from mist.log.format import BLOCK_DATA_MAX, BLOCK_RECORDS_MAX, Columns
+from mist.log.format import BLOCK_DATA_MAX, BLOCK_RECORDS_MAX, Columns, Tail
 from mist.log.journal import Journal, storage_error
 from mist.log.reader import Reader
 from mist.log.window import Window
@@ -258,8 +258,7 @@ class Committer:
         """Bring the id window up to what is published, when this batch has ids."""
         window, tail = self._window, self._journal.tail
         if tail.erasures != self._erasures:
-            window.clear()  # the ids of erased records are as if they had never been
-            self._erasures = tail.erasures
+            self._forget_erased(tail)
         if window.upto == tail.durable or not any(m.id for r in batch for m in r.messages):
             return
         if self._reader is None:
@@ -276,6 +275,17 @@ class Committer:
                 window.learn(base, time_ns, ids)
             window.upto = base + count - 1
         window.upto = tail.durable
+
+    def _forget_erased(self, tail: Tail) -> None:
+        """The ids of erased records are as if they had never been; those of trimmed ones stay known."""
+        if self._window.upto >= 0:
+            if self._reader is None:
+                self._reader = Reader(self._journal)
+            try:
+                self._window.drop(self._reader.erased(tail))
+            except OSError:
+                self._window.clear()  # then it is read again from what is there
+        self._erasures = tail.erasures
 
 
 class _Block:

@@ -6,6 +6,7 @@ the window in one pass. After a hit, a map id -> sequence, until a hundred batch
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
@@ -58,6 +59,22 @@ class Window:
                 for i, id in enumerate(ids):
                     if self._map.get(id) == base + i:
                         del self._map[id]
+
+    def drop(self, sequences: Sequence[int]) -> None:
+        """Forget the ids of these sequences (in order); nothing where they are not, or not any more."""
+        blocks: deque[tuple[int, int, Sequence[str]]] = deque()
+        for base, time_ns, ids in self._blocks:
+            low, high = bisect_left(sequences, base), bisect_left(sequences, base + len(ids))
+            if low < high:
+                ids = list(ids)
+                for sequence in sequences[low:high]:
+                    id, ids[sequence - base] = ids[sequence - base], ""
+                    if self._map is None:
+                        self._set.discard(id)
+                    elif self._map.get(id) == sequence:
+                        del self._map[id]
+            blocks.append((base, time_ns, ids))
+        self._blocks = blocks
 
     def known(self, ids: Sequence[str]) -> bool:
         """Whether any of these (non-empty) ids is in the window or comes twice; registers nothing lasting when so.

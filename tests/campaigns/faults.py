@@ -573,12 +573,9 @@ WORKLOAD: tuple[Step, ...] = (
     Step("append", 2, 500),
     Step("read"),
     Step("trim", 100),
-    Step("append", 1, 3000),
     Step("append", 3, 900),
     Step("erase", 2),
-    Step("read"),
     Step("append", 1, 3000),
-    Step("erase", 3, 1),
     Step("erase", 3, 1),
 )
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS, "EINTR": errno.EINTR, "short": SHORT}

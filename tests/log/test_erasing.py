@@ -68,6 +68,19 @@ def test_an_open_reader_and_an_open_writer_see_the_gap() -> None:
     assert other.journal.verify().records == 12
 
 
+def test_ids_of_trimmed_records_stay_known_beside_erased_ones() -> None:
+    """A writer forgets the ids that were erased, and nothing else: what it knew of trimmed records is not on disk."""
+    _, model, one, other = two()
+    assert other.append([Message("a", b"", "id-1")]) == [1]
+    one.trim(8)
+    assert model.erase(one, [9]) is None
+    assert other.append([Message("a", b"", "id-1")]) == [1]
+    assert other.append([Message("a", b"", "id-10")]) == [10]
+    assert other.append([Message("a", b"again", "id-9")]) == [16]
+    assert model.erase(one, [12]) is None
+    assert other.append([Message("a", b"", f"id-{n}") for n in (9, 2, 12)]) == [16, 2, 17]
+
+
 def test_whoever_dies_while_erasing_the_others_go_on() -> None:
     """At every operation of an erasure: a reader beside it sees the record or the gap and nothing else; the next writer
     recovers; erasing again finishes, and then every byte is gone."""

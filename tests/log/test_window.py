@@ -33,7 +33,7 @@ def test_what_was_not_stored_is_taken_back() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_against_a_model(seed: int) -> None:
-    """Whatever is stored, refused, learned and expired, in either of its two shapes: the window knows exactly the ids of
+    """Whatever is stored, refused, learned, erased and expired, in either of its two shapes: the window knows exactly the ids of
     the blocks that are in it, with their first sequences."""
     rng = random.Random(seed)
     window = Window(ids_max=rng.choice((5, 20, 60)), window_s=0.000_000_05)
@@ -66,6 +66,12 @@ def test_against_a_model(seed: int) -> None:
         window.stored(sequence + 1, now, stored)
         blocks.append((sequence + 1, now, stored))
         sequence += len(stored)
+        if rng.random() < 0.2:
+            gone = sorted(rng.sample(range(1, sequence + 3), min(3, sequence)))
+            window.drop(gone)
+            blocks = [
+                (base, at, ["" if base + i in gone else id for i, id in enumerate(ids)]) for base, at, ids in blocks
+            ]
         if rng.random() < 0.1:
             window.clear()
             for block in blocks:
