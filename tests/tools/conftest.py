@@ -1,4 +1,4 @@
-"""Places for stores: an SQLite file, and a schema of a real PostgreSQL."""
+"""Places for stores: an SQLite file, and a schema of a real PostgreSQL. Processes and servers are those of tests/cli."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cli.conftest import cli, log, servers, spawn
 from conftest import missing
 
 from mist.testing.postgres import run_postgres
@@ -13,6 +14,8 @@ from mist.testing.servers import MissingServer
 from mist.tools.tokentrace.postgres import SCHEMA
 
 from .shell import Shell
+
+__all__ = ["cli", "log", "servers", "spawn"]
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,13 @@ def test_what_is_unknown_is_none_and_never_zero() -> None:
     assert row(attrs={"cost_usd": 0}).cost_usd == 0.0
 
 
+def test_attributes_that_are_null_are_none() -> None:
+    """As the seed takes them: a sender without any writes null as well as nothing."""
+    found = row_of(record(envelope(1, attrs=None)))
+    assert found is not None
+    assert (found.attrs, found.model, found.cost_usd) == ("{}", None, None)
+
+
 def test_latency_comes_from_the_attribute_where_times_are_absent() -> None:
     """The seeds send latency_ms; measured times win over it."""
     assert row(end_ns=0, attrs={"latency_ms": 12.5}).latency_ms == 12.5

@@ -87,11 +87,11 @@ def test_stats_by_model_leave_the_unknown_out(tmp_path: Path) -> None:
 
 
 def test_an_empty_store_answers_with_nothing(tmp_path: Path) -> None:
-    """Zero spans are an empty list, never null; the seed's figures are zeros, and no cost is known."""
+    """Zero spans are an empty list, never null; the seed's figures are zeros, the cost too: no cost is unknown."""
     with Store.open(tmp_path / "t.db") as store:
         assert (stats(store).total, stats(store).spans) == (0, [])
         found = seed_stats(store)
-        assert (found.total_spans, found.error_rate, found.latency_p99_ms, found.total_cost_usd) == (0, 0.0, 0.0, None)
+        assert (found.total_spans, found.error_rate, found.latency_p99_ms, found.total_cost_usd) == (0, 0.0, 0.0, 0.0)
         assert found.by_operation == {}
 
 

@@ -128,6 +128,8 @@ _quick = msgspec.json.Decoder(_Quick).decode
 _span = msgspec.json.Decoder(_Span).decode
 _attrs = msgspec.json.Decoder(_Attrs).decode
 _NO_ATTRS = _Attrs()
+_PLAIN = (Raw(b"{}"), Raw(b"null"))
+"""Raw is equal to Raw only, never to bytes."""
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -167,7 +169,7 @@ def _row(span: _Span, source: str, tenant: str, record: Record, prices: Prices |
     if b"\\u0000" in record.data:
         _no_nul(span, source, tenant)
     raw = span.attrs
-    plain = raw in (b"{}", b"null")
+    plain = raw in _PLAIN
     try:
         attrs = _NO_ATTRS if plain else _attrs(raw)
         text = "{}" if plain else str(raw, "utf-8")

@@ -290,8 +290,8 @@ class Operation(Struct, frozen=True):
 
 
 class SeedStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`GET /stats`, with the seed's keys. Figures of nothing are 0 as there, except the cost: None while none is known,
-    and `cost_unknown_spans` says how many spans are not in it."""
+    """`GET /stats`, with the seed's keys. Figures of nothing are 0 as there. The cost of spans none of which knows its own
+    is None, and `cost_unknown_spans` says how many spans are not in it."""
 
     total_spans: int
     error_count: int
@@ -326,7 +326,7 @@ def seed_stats(store: Store, where: Where | None = None) -> SeedStats:
         latency_avg_ms=m.latency_ms.avg or 0.0,
         total_tokens_in=int(m.tokens_in.total or 0),
         total_tokens_out=int(m.tokens_out.total or 0),
-        total_cost_usd=m.cost_usd.total,
+        total_cost_usd=m.cost_usd.total if m.spans else 0.0,
         cost_unknown_spans=m.spans - m.cost_usd.known,
         by_operation={
             key[0][0] or "": Operation(cell.spans, cell.failed)
