@@ -3,7 +3,7 @@ kit's (`mist.kit`): lifecycle, health, site; here they are put together.
 
 A tool is a coroutine function over a `Platform`: it says `ready`, works until `stop` is set, puts its things in order and
 returns. The way down: not ready at once; nothing new is accepted and the requests under way are answered; then the tools
-finish what they have in hand; whatever has not ended after `DRAIN_S` is cancelled and named.
+finish what they have in hand; whatever has not ended after `drain_s` is cancelled and named.
 
 `/readyz` is 200 while the broker answers and every tool is ready, else 503 with the reason; it also shows the tools'
 counters. Before all are ready a path nobody serves is 503: a door may be about to open there.
@@ -149,6 +149,7 @@ async def run(
     host: str,
     port: int,
     wait_s: float,
+    drain_s: float = DRAIN_S,
     stop: asyncio.Event,
     say: Say,
     on_ready: Callable[[str, Running], None],
@@ -159,7 +160,7 @@ async def run(
     The broker is waited for at the start, `wait_s` at most (0 = for ever).
     """
     running = Running()
-    async with Lifecycle(stop, say=say, drain_s=DRAIN_S) as life:
+    async with Lifecycle(stop, say=say, drain_s=drain_s) as life:
         server = await life.enter("listener", AppServer(running.site, host=host, port=port))
         life.at_drain("health", running.health.drain)
         life.at_drain("listener", server.close)

@@ -6,27 +6,30 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from mist.cli._up_platform import Platform, Tool
 from mist.client.blobs import beside, outlining
 from mist.kit.prices import load_prices
-from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
+from mist.protocol.envelope import Envelope
 from mist.protocol.subject import subject_for
 from mist.protocol.url import redact
 from mist.tools.tokentrace.alerts.rules import Rule
 from mist.tools.tokentrace.intake import Intake
 from mist.tools.tokentrace.publish import subject_of
-from mist.tools.tokentrace.service import Limits, Service
+from mist.tools.tokentrace.service import Retention, Service
 from mist.tools.tokentrace.settings import TokenTraceSettings
 from mist.tools.tokentrace.stats import Metrics
 from mist.tools.tokentrace.store import Store
 from mist.transport import server
+from mist.transport.body import Limits
 
 DOOR = "/mist"
 OTLP_REFUSED = ("/v1/metrics", "/v1/logs")
 """Doors that only say why nothing is taken there."""
 
 
-def door(store: Callable[[], Path], *, intake: Intake) -> Tool:
+def door(store: Callable[[], Path | str], *, intake: Intake, limits: Limits) -> Tool:
     """`POST /mist`: envelopes into the stream; 202 when they are as durable as the stream promises. A `health.ping` is
     answered with a `health.pong` instead."""
 
@@ -45,26 +48,28 @@ def door(store: Callable[[], Path], *, intake: Intake) -> Tool:
             return sequences
 
         platform.facts = lambda: {"accepted": accepted, **intake.facts()}
-        platform.doors[DOOR] = server.ingest(intake.before(counted), path=DOOR, reply=platform.reply, shared=True)
+        platform.doors[DOOR] = server.ingest(
+            intake.before(counted), path=DOOR, limits=limits, reply=platform.reply, shared=True
+        )
         platform.ready.set()
         await platform.stop.wait()
 
     return run
 
 
-def otlp(store: Callable[[], Path], *, intake: Intake, grpc_listen: str = "") -> Tool:
+def otlp(store: Callable[[], Path | str], *, intake: Intake, limits: Limits, grpc_listen: str = "") -> Tool:
     """OpenTelemetry's spans into the stream: `POST /v1/traces`, and gRPC where an address is given."""
 
     from mist.tools.tokentrace.otlp.receive import PATH, Receiver, span_sink
 
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
-        limits = server.Limits(size_bytes_max=min(SIZE_BYTES_MAX, stream.size_bytes_max))
+        within = replace(limits, size_bytes_max=min(limits.size_bytes_max, stream.size_bytes_max))
         plain = outlining(
             span_sink(stream), stream, beside(platform.broker), lambda env: subject_of(env.type, env.source)
         )
         sink = intake.before(plain)
-        receiver = Receiver(sink, limits)
+        receiver = Receiver(sink, within)
         platform.doors |= dict.fromkeys((PATH, *OTLP_REFUSED), receiver)
         if not grpc_listen:
             platform.facts = receiver.store.facts
@@ -75,7 +80,7 @@ def otlp(store: Callable[[], Path], *, intake: Intake, grpc_listen: str = "") ->
         from mist.tools.tokentrace.otlp.grpc import GrpcServer
 
         host, port = parse_address(grpc_listen)
-        async with GrpcServer(sink, host=host, port=port, limits=limits, store=receiver.store) as grpc:
+        async with GrpcServer(sink, host=host, port=port, limits=within, store=receiver.store) as grpc:
             platform.facts = lambda: {"grpc": grpc.address, **receiver.store.facts()}
             platform.ready.set()
             await platform.stop.wait()
@@ -89,14 +94,14 @@ def tokentrace(store: Callable[[], Path | str], *, settings: TokenTraceSettings 
     place = store()
     settings = settings or TokenTraceSettings()
     prices = load_prices(Path(settings.prices)) if settings.prices else None
-    limits = Limits(retain_s=float(settings.retain), retain_bytes=int(settings.retain_bytes))
+    retention = Retention(retain_s=float(settings.retain), retain_bytes=int(settings.retain_bytes))
 
     now: list[Service] = []
 
     async def run(platform: Platform) -> None:
         stream = await platform.stream()
         service = Service(
-            place, prices=prices, limits=limits, prometheus=platform.metrics.pages()["/metrics"],
+            place, prices=prices, retention=retention, prometheus=platform.metrics.pages()["/metrics"],
             say=platform.say,
         )  # fmt: skip
         platform.facts = lambda: {"store": redact(str(place)), **service.facts()}

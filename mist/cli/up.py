@@ -112,6 +112,7 @@ async def command(
     from mist.kit.server import parse_address
     from mist.tools.tokentrace.alerts.rules import configured
     from mist.tools.tokentrace.intake import Intake
+    from mist.transport.body import Limits
 
     session = current()
     out = session.out
@@ -125,9 +126,13 @@ async def command(
     if otlp_grpc and "otlp" not in chosen:
         raise InvalidArgument("--otlp-grpc is for the tool otlp, which is not among the chosen ones")
     intake = Intake(settings.redact, settings.sample)  # one for all doors: they share its rates
+    limits = Limits(
+        size_bytes_max=int(settings.envelope_bytes_max), body_bytes_max=int(settings.body_bytes_max),
+        inflight_requests_max=settings.requests_max, read_timeout_s=float(settings.read_timeout),
+    )  # fmt: skip
     options: dict[str, dict[str, Any]] = {
-        "door": {"intake": intake},
-        "otlp": {"intake": intake, "grpc_listen": otlp_grpc},
+        "door": {"intake": intake, "limits": limits},
+        "otlp": {"intake": intake, "limits": limits, "grpc_listen": otlp_grpc or settings.otlp_grpc},
         "tokentrace": {"settings": settings},
         "alerts": {"rules": configured(settings) if "alerts" in chosen else ()},
     }
@@ -159,7 +164,7 @@ async def command(
         with _talk(out, log_format, log_level) as (say, note):
             facts = await _up_platform.run(
                 lambda: session.connect(create=True), made, stream=stream, config=config, host=host, port=port,
-                wait_s=wait, stop=stop, say=say, on_ready=on_ready,
+                wait_s=wait, drain_s=float(settings.drain), stop=stop, say=say, on_ready=on_ready,
             )  # fmt: skip
             for name, values in facts.items():
                 note(f"{name} ended", values)

@@ -330,7 +330,7 @@ Act = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 async def platform(
-    tools: dict[str, Any], act: Act, *, connect: Any = None, wait_s: float = 5.0
+    tools: dict[str, Any], act: Act, *, connect: Any = None, wait_s: float = 5.0, drain_s: float = 30.0
 ) -> tuple[Exception | None, list[str]]:
     """Run tools over memory: while `act` does its part; then stop. Gives the error and what was said."""
     said: list[str] = []
@@ -349,8 +349,8 @@ async def platform(
 
     running = asyncio.create_task(
         _up_platform.run(
-            connect or connected, tools, stream="s", host="127.0.0.1", port=port, wait_s=wait_s, stop=stop,
-            say=said.append, on_ready=on_ready,
+            connect or connected, tools, stream="s", host="127.0.0.1", port=port, wait_s=wait_s, drain_s=drain_s,
+            stop=stop, say=said.append, on_ready=on_ready,
         )
     )  # fmt: skip
     acting = asyncio.create_task(act(seen))
@@ -466,15 +466,14 @@ def test_a_bug_in_a_tool_is_not_swallowed() -> None:
     assert isinstance(error, ZeroDivisionError)
 
 
-def test_a_tool_that_does_not_end_is_cancelled_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After DRAIN_S."""
-    monkeypatch.setattr(_up_platform, "DRAIN_S", 0.5)
+def test_a_tool_that_does_not_end_is_cancelled_and_named() -> None:
+    """After the time to drain."""
 
     async def stubborn(here: Platform) -> None:
         here.ready.set()
         await asyncio.Event().wait()
 
-    error, _ = run(platform({"stubborn": stubborn, "patient": patient}, stop_when_ready))
+    error, _ = run(platform({"stubborn": stubborn, "patient": patient}, stop_when_ready, drain_s=0.5))
     assert isinstance(error, TimedOut)
     assert "stubborn did not end" in str(error)
 

@@ -34,7 +34,7 @@ _CHUNK = 5000
 Say = Callable[[str], None]
 
 
-class Limits(Struct, frozen=True, kw_only=True):
+class Retention(Struct, frozen=True, kw_only=True):
     """How long spans stay in the store, and how large it may grow. 0 = no limit."""
 
     retain_s: float = 0.0
@@ -49,14 +49,14 @@ class Service:
         place: Path | str,
         *,
         prices: Prices | None = None,
-        limits: Limits = Limits(),  # noqa: B008  # a frozen value
+        retention: Retention = Retention(),  # noqa: B008  # a frozen value
         prometheus: App | None = None,
         say: Say = lambda _text: None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.place = place
         self._options = Options(prices=prices)
-        self._limits = limits
+        self._retention = retention
         self._say = say
         self._clock = clock
         self.readers = Readers(place)
@@ -96,14 +96,14 @@ class Service:
                 self.readers.close()
 
     async def _housekeeping(self, stop: asyncio.Event) -> None:
-        limits = self._limits
-        if not limits.retain_s and not limits.retain_bytes:
+        kept = self._retention
+        if not kept.retain_s and not kept.retain_bytes:
             return
         with await asyncio.to_thread(Store.open, self.place) as store:
             while not stop.is_set():
-                before = self._clock() - round(limits.retain_s * 1e9) if limits.retain_s else None
+                before = self._clock() - round(kept.retain_s * 1e9) if kept.retain_s else None
                 try:
-                    gone = await _finished(store.retain, before, limits.retain_bytes or None)
+                    gone = await _finished(store.retain, before, kept.retain_bytes or None)
                 except Locked as exc:
                     self._say(f"{exc}; the limits of the store are looked at again in {HOUSEKEEPING_S:g} s")
                     gone = 0

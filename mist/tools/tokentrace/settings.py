@@ -81,12 +81,12 @@ class TokenTraceSettings(Struct, frozen=True, kw_only=True):
     durability: Durability = ""
     """Of the stream, when it is made; empty = the broker's default."""
     store: str = ""
-    """A file, or postgres://…; empty = DIR/tools/tokentrace.db, or the user's state directory."""
+    """A file, or postgresql://…; empty = DIR/tools/tokentrace.db, or the user's state directory."""
     retain: Duration = Duration("0")
     """Spans older than this go, from the store."""
     retain_bytes: Size = Size(0)
     prices: str = ""
-    """A price table; empty = the one we ship."""
+    """A price table; empty = costs that spans do not state stay unknown."""
     redact: RedactSettings = RedactSettings()
     """What must not be stored."""
     sample: SampleSettings = SampleSettings()
@@ -100,7 +100,6 @@ class TokenTraceSettings(Struct, frozen=True, kw_only=True):
     alert_cooldown: Duration = Duration("5m")
     otlp_grpc: str = ""
     """Where OTLP over gRPC listens; empty = nowhere."""
-    otlp_http: bool = True
     body_bytes_max: Size = Size("32MiB")
     envelope_bytes_max: Size = Size(SIZE_BYTES_MAX)
     requests_max: int = 256
@@ -137,15 +136,14 @@ TEMPLATE = """\
 # listen = "127.0.0.1:8700"       # where its HTTP door is
 # stream = "trace"
 # durability = ""                 # of the stream when it is made: process, power, replicated; empty = the broker's default
-# store = ""                      # a file, or postgres://...; empty = beside the log, or the user's state directory
+# store = ""                      # a file, or postgresql://...; empty = beside the log, or the user's state directory
 # retain = "0"                    # "30d": older spans go; 0 = none
 # retain_bytes = 0                # "10GiB": the oldest spans go above it; 0 = no limit
-# prices = ""                     # a price table of your own
+# prices = ""                     # a price table; none are shipped
 # alerts = []                     # tables [[tokentrace.alerts]]: docs/how-to/alert-on-traces.md
 # alerts_file = ""                # a file of such tables
 # alert_cooldown = "5m"
 # otlp_grpc = ""                  # "127.0.0.1:4317": OTLP over gRPC
-# otlp_http = true                # OTLP at /v1/traces
 # body_bytes_max = "32MiB"        # of one request
 # envelope_bytes_max = "10MiB"
 # requests_max = 256              # under way at once
