@@ -14,6 +14,7 @@ from mist.kit.prices import load_prices
 from mist.protocol.envelope import Envelope
 from mist.protocol.subject import subject_for
 from mist.protocol.url import redact
+from mist.tools.tokentrace import bare
 from mist.tools.tokentrace.alerts.rules import Rule
 from mist.tools.tokentrace.intake import Intake
 from mist.tools.tokentrace.publish import subject_of
@@ -31,7 +32,7 @@ OTLP_REFUSED = ("/v1/metrics", "/v1/logs")
 
 def door(store: Callable[[], Path | str], *, intake: Intake, limits: Limits) -> Tool:
     """`POST /mist`: envelopes into the stream; 202 when they are as durable as the stream promises. A `health.ping` is
-    answered with a `health.pong` instead."""
+    answered with a `health.pong` instead. `POST /spans`: the same for bare spans."""
 
     accepted = 0
 
@@ -48,8 +49,11 @@ def door(store: Callable[[], Path | str], *, intake: Intake, limits: Limits) -> 
             return sequences
 
         platform.facts = lambda: {"accepted": accepted, **intake.facts()}
-        platform.doors[DOOR] = server.ingest(
-            intake.before(counted), path=DOOR, limits=limits, reply=platform.reply, shared=True
+        sink = intake.before(counted)
+        platform.doors[DOOR] = server.ingest(sink, path=DOOR, limits=limits, reply=platform.reply, shared=True)
+        bare_limits = replace(limits, envelopes_max=bare.SPANS_MAX)
+        platform.doors[bare.PATH] = server.ingest(
+            sink, path=bare.PATH, limits=bare_limits, shared=True, read=bare.envelopes
         )
         platform.ready.set()
         await platform.stop.wait()

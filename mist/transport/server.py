@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -53,6 +53,9 @@ _log = logging.getLogger("mist.transport.server")
 
 Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | Replies | None]]
 """Stores envelopes; returns when that is done, with their sequences where it has any. Or answers them."""
+Read = Callable[[bytes, Mapping[bytes, bytes], Limits], tuple[list[Envelope], bool]]
+"""The envelopes of a body, given its headers by lower-case name, and whether it was a single one, which is answered with
+an empty body. Raises ProtocolError, TooLarge."""
 
 _NDJSON = (codec.NDJSON.encode(), b"application/jsonl", b"application/ndjson", b"application/jsonlines")
 _INT_SAFE = 2**53
@@ -86,6 +89,7 @@ def ingest(
     limits: Limits | None = None,
     reply: Callable[[Envelope], Envelope | None] | None = None,
     shared: bool | None = None,
+    read: Read | None = None,
 ) -> Ingest:
     """The door at `path`. `sink` is a stream or a coroutine function over a list of envelopes.
 
@@ -95,17 +99,24 @@ def ingest(
     `shared`: small requests of the same moment may share one call of the sink (the default for a stream). A sink that
     stores, and gives a sequence for each envelope or None, can be shared; one that answers cannot. When a shared call
     fails by the fault of one envelope, each of its requests is tried by itself: the sink has to bear repeats.
+
+    `read` is for a door whose bodies are not envelopes.
     """
     store = stream_sink(sink) if isinstance(sink, Stream) else sink
     calls = Calls(store, isinstance(sink, Stream) if shared is None else shared)
-    return Ingest(calls, path, limits or Limits(), reply)
+    return Ingest(calls, path, limits or Limits(), reply, read or _parse)
 
 
 class Ingest(Door):
     """An ASGI app, and the door of mist.kit.http1 for its path."""
 
     def __init__(
-        self, calls: Calls, path: str, limits: Limits, reply: Callable[[Envelope], Envelope | None] | None
+        self,
+        calls: Calls,
+        path: str,
+        limits: Limits,
+        reply: Callable[[Envelope], Envelope | None] | None,
+        read: Read,
     ) -> None:
         self.path = path
         self.limits = limits
@@ -113,6 +124,7 @@ class Ingest(Door):
         self.intake = Intake(limits)
         self.reply = reply
         self.calls = calls
+        self.read = read
 
     def direct(self, path: str) -> Door | None:
         return self if path == self.path else None
@@ -160,7 +172,7 @@ class Ingest(Door):
 
     def take(self, body: bytes, named: dict[bytes, bytes], headers: Headers, respond: Respond) -> None:
         """Read the envelopes of a body and store them; then `respond`. Raises ProtocolError, TooLarge."""
-        envelopes, single = _parse(body, named.get(b"content-type", b""), self.limits)
+        envelopes, single = self.read(body, named, self.limits)
         if not envelopes:
             respond(202, b'{"accepted":0}', [_TYPE])
             return
@@ -259,8 +271,9 @@ def _json_int(sequence: int) -> int | str:
     return sequence if sequence <= _INT_SAFE else str(sequence)
 
 
-def _parse(body: bytes, content_type: bytes, limits: Limits) -> tuple[list[Envelope], bool]:
-    """The envelopes of a body, and whether it was a single one. Raises the first error, naming the line."""
+def _parse(body: bytes, headers: Mapping[bytes, bytes], limits: Limits) -> tuple[list[Envelope], bool]:
+    """Raises the first error, naming the line."""
+    content_type = headers.get(b"content-type", b"")
     if content_type != b"application/json" and content_type.split(b";")[0].strip().lower() in _NDJSON:
         return _parse_lines(body, limits), False
     start = body.lstrip(b" \t\r\n")[:1]
@@ -290,7 +303,7 @@ def _parse_lines(body: bytes, limits: Limits) -> list[Envelope]:
         try:
             out.append(codec.decode_foreign(line, size_bytes_max=limits.size_bytes_max))
         except (ProtocolError, TooLarge) as exc:
-            raise _at(exc, "line", number) from None
+            raise at(exc, "line", number) from None
     return out
 
 
@@ -306,11 +319,12 @@ def _parse_array(body: bytes, limits: Limits) -> list[Envelope]:
         try:
             out.append(codec.decode_foreign(bytes(item), size_bytes_max=limits.size_bytes_max))
         except (ProtocolError, TooLarge) as exc:
-            raise _at(exc, "item", number) from None
+            raise at(exc, "item", number) from None
     return out
 
 
-def _at(error: MistError, what: str, number: int) -> MistError:
+def at(error: MistError, what: str, number: int) -> MistError:
+    """The same error, which names its line or item."""
     error.meta[what] = str(number)
     error.message = f"{what} {number}: {error.message}"
     error.args = (error.message,)

@@ -147,6 +147,28 @@ def test_json_lines_are_envelopes_spans_or_flat_objects(tmp_path: Path) -> None:
     assert [b.line for b in bad] == [6, 7, 8, 9]
 
 
+def test_json_lines_of_the_seeds_documents_are_spans_too(tmp_path: Path) -> None:
+    """Their names are ours where ours are absent; `--column` comes first; a null and a time of 0 to the first token are
+    unknown."""
+    line = (
+        '{"trace_id":"t","span_id":"s","parent_span_id":"p","name":"sum","comp_tokens":3,"ttft_ms":0,"error":null,'
+        '"started_at":"1970-01-01T00:00:01Z","attributes":{"caller":"jobs"}}\n'
+    )
+    (env,), bad = read(write(tmp_path, line, "a.jsonl"))
+    assert (bad, env.decode(TraceSpan)) == (
+        [],
+        TraceSpan(
+            trace_id="t", span_id="s", parent_id="p", operation="sum", start_ns=10**9,
+            attrs={"model": "a", "tokens_out": 3, "caller": "jobs"},
+        ),
+    )  # fmt: skip
+    both = '{"name":"theirs","operation":"ours"}\n'
+    (env,), _ = read(write(tmp_path, both, "b.jsonl"))
+    assert (env.decode(TraceSpan).operation, env.data()["attrs"]["name"]) == ("ours", "theirs")
+    (env,), _ = read(write(tmp_path, '{"name":"m1"}\n', "c.jsonl"), columns={"model": "name"})
+    assert (env.data()["attrs"]["model"], env.data()["operation"]) == ("m1", "chat")
+
+
 @pytest.mark.parametrize(
     ("value", "ns"),
     [

@@ -3,7 +3,8 @@
 A CSV column is found by its name in any case, or by an explicit mapping. Known names: those of the store (trace_id,
 span_id, parent_id, operation, status, model, provider, start_ns, end_ns, latency_ms, tokens_in, tokens_out, cost_usd),
 `timestamp`, and those of the Azure LLM inference traces (TIMESTAMP, ContextTokens, GeneratedTokens). Other columns
-are kept as attributes. A JSON line is a whole envelope, a span in its wire shape, or an object with the same names.
+are kept as attributes. A JSON line is a whole envelope, a span in its wire shape or that of the seed's documents, or an
+object with the same names.
 
 Promises: a row without ids gets them from the file's digest and its number, so that the same file can be read again
 without making new spans; an empty cell is unknown; a row that cannot be read is reported with its line and the next
@@ -38,6 +39,11 @@ AMOUNTS = ("latency_ms", "cost_usd")
 TIMES = ("start_ns", "end_ns", "timestamp")
 KNOWN = (*TEXTS, *COUNTS, *AMOUNTS, *TIMES)
 ALIASES = {"contexttokens": "tokens_in", "generatedtokens": "tokens_out"}
+DOCUMENTED = {
+    "parent_span_id": "parent_id", "name": "operation", "started_at": "start_ns", "ended_at": "end_ns",
+    "prompt_tokens": "tokens_in", "comp_tokens": "tokens_out", "completion_tokens": "tokens_out", "attributes": "attrs",
+}  # fmt: skip
+"""What the seed's documents call the fields of a span in JSON -> ours."""
 
 
 class BadRow(Struct, frozen=True):
@@ -77,6 +83,19 @@ def envelopes_of(
     name = digest(path)
     reader = _csv_rows if kind == ".csv" else _json_rows
     return reader(path, name, model or path.stem, operation, dict(columns or {}))
+
+
+def ours(span: Mapping[str, Any]) -> dict[str, Any]:
+    """A span's fields under our names, which win where both are there; without what is unknown: null, and a `ttft_ms` of 0,
+    which the documents leave out of their figures."""
+    out: dict[str, Any] = {}
+    for key, value in span.items():
+        name = DOCUMENTED.get(key, key)
+        if name != key and span.get(name) is not None:
+            name = key
+        if value is not None and not (name == "ttft_ms" and value == 0):
+            out[name] = value
+    return out
 
 
 def _csv_rows(
@@ -154,7 +173,8 @@ def _json_rows(
                         raise ValueError(f"an envelope of type {env.type}, not {TRACE_SPAN}")
                     yield env
                     continue
-                fields = {back.get(k) or _known(k): v for k, v in value.items() if v is not None}
+                mapped = {back.get(k, k): v for k, v in value.items()}
+                fields = {_known(k): v for k, v in ours(mapped).items()}
                 attrs = fields.pop("attrs", {})
                 if not isinstance(attrs, dict):
                     raise ValueError("attrs is not an object")
