@@ -28,16 +28,22 @@ def postgres() -> Iterator[str]:
         missing(str(exc))
 
 
+@pytest.fixture
+def database(postgres: str) -> str:
+    """The URL of a PostgreSQL without a store."""
+    import psycopg
+
+    with psycopg.connect(postgres, autocommit=True) as db:
+        db.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE".encode())
+    return postgres
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     """Where a store may be opened; nothing is there yet."""
     if request.param == "sqlite":
         return tmp_path / "store" / "t.db"
-    import psycopg
-
-    url: str = request.getfixturevalue("postgres")
-    with psycopg.connect(url, autocommit=True) as db:
-        db.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE".encode())
+    url: str = request.getfixturevalue("database")
     return url
 
 

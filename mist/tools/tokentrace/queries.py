@@ -6,6 +6,7 @@ where the next one begins: a cursor, text that only this module reads. Nothing h
 
 from __future__ import annotations
 
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -18,8 +19,12 @@ from mist.protocol.payloads import TraceSpan
 from mist.tools.tokentrace.store import Store
 from mist.tools.tokentrace.where import FAILED, Where, clause, conditions
 
-_ORDER = "ORDER BY time_ns, sequence, id"
-_NEWEST = "ORDER BY time_ns DESC, sequence DESC, id DESC"
+_PLACE = ("time_ns", "sequence", "trace_id", "span_id")
+"""A span's place among all; nothing of it changes when the store is built again. The last two tell apart what two streams
+gave one time and one sequence."""
+_NAMES = ", ".join(_PLACE)
+_ORDER = f"ORDER BY {_NAMES}"
+_NEWEST = f"ORDER BY {', '.join(f'{name} DESC' for name in _PLACE)}"
 LIMIT_MAX = 10_000
 
 
@@ -91,24 +96,33 @@ _FIELDS = StoredSpan.__struct_fields__
 _COLUMNS = ", ".join(_FIELDS)
 
 
-def _spans(store: Store, rest: str, values: list[Any]) -> Iterator[tuple[int, StoredSpan]]:
-    """(row id, span)."""
-    for number, *row in store.query(f"SELECT id, {_COLUMNS} FROM spans {rest}", values):
+def _spans(store: Store, rest: str, values: list[Any]) -> Iterator[StoredSpan]:
+    for row in store.query(f"SELECT {_COLUMNS} FROM spans {rest}", values):
         fields = dict(zip(_FIELDS, row, strict=True))
         fields["attrs"] = Raw(fields["attrs"].encode())
-        yield int(number), StoredSpan(**fields)
+        yield StoredSpan(**fields)
 
 
-def _cursor(text: str) -> tuple[int, int, int] | None:
+Place = tuple[int, int, str, str]
+
+
+def _token(place: Place) -> str:
+    time_ns, sequence, *ids = place
+    return f"{time_ns}.{sequence}.{urlsafe_b64encode(chr(0).join(ids).encode()).rstrip(b'=').decode()}"
+
+
+def _cursor(text: str) -> Place | None:
     if not text:
         return None
     try:
-        time_ns, sequence, number = (int(part) for part in text.split("."))
+        time_ns, sequence, ids = text.split(".")
+        trace_id, span_id = urlsafe_b64decode(ids + "==").decode("ascii").split(chr(0))
+        place = int(time_ns), int(sequence), trace_id, span_id
     except ValueError:
         raise InvalidArgument(f"{text[:80]!r} is not a cursor", hint="take it from `next` of the page before") from None
-    if not all(0 <= part < 2**63 for part in (time_ns, sequence, number)):
+    if not all(0 <= part < 2**63 for part in place[:2]):
         raise InvalidArgument(f"{text[:80]!r} is not a cursor", hint="take it from `next` of the page before")
-    return time_ns, sequence, number
+    return place
 
 
 def _limited(limit: int) -> int:
@@ -120,8 +134,7 @@ def _limited(limit: int) -> int:
 def every_span(store: Store, where: Where | None = None) -> Iterator[StoredSpan]:
     """All spans by time, one at a time."""
     found, values = conditions(store, where or Where())
-    for _, span in _spans(store, f"{clause(found)} {_ORDER}", values):
-        yield span
+    yield from _spans(store, f"{clause(found)} {_ORDER}", values)
 
 
 def spans(
@@ -135,15 +148,15 @@ def spans(
 def _page(store: Store, found: list[str], values: list[Any], limit: int, cursor: str, oldest_first: bool) -> SpanPage:
     at = _cursor(cursor)
     if at is not None:
-        found = [*found, f"(time_ns, sequence, id) {'>' if oldest_first else '<'} (?, ?, ?)"]
+        found = [*found, f"({_NAMES}) {'>' if oldest_first else '<'} (?, ?, ?, ?)"]
         values = [*values, *at]
     order = _ORDER if oldest_first else _NEWEST
     rows = list(_spans(store, f"{clause(found)} {order} LIMIT {_limited(limit) + 1}", values))
     more = len(rows) > limit
     rows = rows[:limit]
     last = rows[-1] if more else None
-    token = f"{last[1].time_ns}.{last[1].sequence}.{last[0]}" if last else ""
-    return SpanPage([span for _, span in rows], token)
+    token = _token((last.time_ns, last.sequence, last.trace_id, last.span_id)) if last else ""
+    return SpanPage(rows, token)
 
 
 def full_trace_id(store: Store, trace_id: str, tenant: str | None = None) -> str:
@@ -183,7 +196,7 @@ def trace(store: Store, trace_id: str) -> list[StoredSpan]:
     Raises NotFound, InvalidArgument for an ambiguous prefix.
     """
     whole = full_trace_id(store, trace_id)
-    return [span for _, span in _spans(store, f"WHERE trace_id = ? {_ORDER}", [whole])]
+    return list(_spans(store, f"WHERE trace_id = ? {_ORDER}", [whole]))
 
 
 def traces(store: Store, where: Where | None = None, *, limit: int, cursor: str = "") -> TracePage:
@@ -191,13 +204,14 @@ def traces(store: Store, where: Where | None = None, *, limit: int, cursor: str 
     where = where or Where()
     found, values = conditions(store, where)
     at = _cursor(cursor)
-    narrowed = [*found, "(time_ns, sequence, id) < (?, ?, ?)"] if at else found
-    order: dict[str, tuple[int, int, int]] = {}
+    narrowed = [*found, f"({_NAMES}) < (?, ?, ?, ?)"] if at else found
+    order: dict[str, Place] = {}
     earlier: set[str] = set()
-    sql = f"SELECT trace_id, time_ns, sequence, id FROM spans{clause(narrowed)} {_NEWEST}"
+    sql = f"SELECT {_NAMES} FROM spans{clause(narrowed)} {_NEWEST}"
     more = False
     with closing(store.query(sql, [*values, *(at or ())])) as rows:  # type: ignore[type-var]
-        for trace_id, *place in rows:
+        for place in rows:
+            trace_id = place[2]
             if trace_id in order or trace_id in earlier:
                 continue
             if at and _newest(store, trace_id, found, values) >= at:
@@ -206,17 +220,17 @@ def traces(store: Store, where: Where | None = None, *, limit: int, cursor: str 
             if len(order) >= _limited(limit):
                 more = True
                 break
-            order[trace_id] = (int(place[0]), int(place[1]), int(place[2]))
-    token = ".".join(map(str, list(order.values())[-1])) if more else ""
+            order[trace_id] = place
+    token = _token(list(order.values())[-1]) if more else ""
     return TracePage([_summary(store, trace_id, where.tenant) for trace_id in order], token)
 
 
-def _newest(store: Store, trace_id: str, found: list[str], values: list[Any]) -> tuple[int, int, int]:
+def _newest(store: Store, trace_id: str, found: list[str], values: list[Any]) -> Place:
     row = store.one(
-        f"SELECT time_ns, sequence, id FROM spans{clause(['trace_id = ?', *found])} {_NEWEST} LIMIT 1",
+        f"SELECT {_NAMES} FROM spans{clause(['trace_id = ?', *found])} {_NEWEST} LIMIT 1",
         [trace_id, *values],
     )
-    return (int(row[0]), int(row[1]), int(row[2])) if row else (0, 0, 0)
+    return (row[0], row[1], row[2], row[3]) if row else (0, 0, "", "")
 
 
 def _summary(store: Store, trace_id: str, tenant: str | None) -> TraceSummary:

@@ -17,7 +17,7 @@ DERIVED = ("spans", "rollups", "series", "quarantine", "gaps", "position")
 
 _TABLES = """
 CREATE TABLE spans (
-  id {serial}, trace_id TEXT NOT NULL, span_id TEXT NOT NULL, parent_id TEXT NOT NULL, source TEXT NOT NULL,
+  id {serial}, trace_id {ascii} NOT NULL, span_id {ascii} NOT NULL, parent_id TEXT NOT NULL, source TEXT NOT NULL,
   tenant TEXT NOT NULL, user_id TEXT NOT NULL, operation TEXT NOT NULL, status TEXT NOT NULL, model TEXT, provider TEXT,
   time_ns BIGINT NOT NULL, start_ns BIGINT, end_ns BIGINT, latency_ms {float}, ttft_ms {float}, tokens_in BIGINT,
   tokens_out BIGINT, cost_usd {float}, score {float}, price TEXT, attrs TEXT NOT NULL, sequence BIGINT NOT NULL
@@ -62,10 +62,12 @@ CREATE TRIGGER applied_stays BEFORE UPDATE OR DELETE ON applied EXECUTE FUNCTION
 """,
 }
 _WORDS = {
-    "sqlite": {"serial": "INTEGER PRIMARY KEY", "blob": "BLOB", "float": "REAL", "keyed": " WITHOUT ROWID"},
+    "sqlite": {
+        "serial": "INTEGER PRIMARY KEY", "blob": "BLOB", "float": "REAL", "keyed": " WITHOUT ROWID", "ascii": "TEXT",
+    },
     "postgres": {
         "serial": "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "blob": "BYTEA", "float": "DOUBLE PRECISION",
-        "keyed": "",
+        "keyed": "", "ascii": 'TEXT COLLATE "C"',  # by bytes, whatever the database's language: prefixes and cursors compare
     },
 }  # fmt: skip
 
