@@ -272,6 +272,22 @@ def test_old_spans_go_and_their_totals_stay(place: Place) -> None:
         assert store.retain(bytes_max=2**60) == 0
 
 
+def test_a_store_that_was_built_again_knows_old_minutes_again(place: Place, tmp_path: Path) -> None:
+    """What retention took is back with its stream, and a window that begins within an hour is answered as exactly."""
+    spans = traffic(400)
+    oldest = min(s.time_ns for s in spans)
+    with Store.open(place) as store, Store.open(tmp_path / "fresh.db") as fresh:
+        filled(store, spans)
+        filled(fresh, spans)
+        while store.retain(before_ns=oldest + 40 * 3600 * NS):
+            pass
+        with store.rebuilding():
+            filled(store, spans)
+        for minutes in range(0, 40 * 60, 37):
+            where = Where(since_ns=oldest + minutes * 60 * NS)
+            assert metrics(store, where) == metrics(fresh, where)
+
+
 PRICES = b"""
 version = "v%d"
 [[price]]

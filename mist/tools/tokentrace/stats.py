@@ -16,7 +16,7 @@ from msgspec import Struct
 from mist.errors import InvalidArgument
 from mist.tools.tokentrace.rollup import MEASURES, SCALE, Cell, Measure, Series, add
 from mist.tools.tokentrace.sketch import quantiles
-from mist.tools.tokentrace.store import Store
+from mist.tools.tokentrace.store import KEPT_FROM, Store
 from mist.tools.tokentrace.where import Where, check_key, clause, conditions
 
 PERCENTS = (10, 50, 90, 95, 99)
@@ -159,7 +159,7 @@ def _split(store: Store, where: Where, width: int) -> tuple[list[tuple[int, int,
         return [(0, 0, 1)], []
     since = -(2**62) if where.since_ns is None else where.since_ns
     until = 2**62 if where.until_ns is None else where.until_ns
-    kept = int(store.load("kept_from_ns") or b"0")
+    kept = int(store.load(KEPT_FROM) or b"0")
     if since < kept and where.since_ns is not None:
         # spans and minutes before `kept` are gone; hours are not: what cannot be told apart is counted whole
         since = since // (3600 * _NS) * 3600 * _NS

@@ -35,6 +35,8 @@ SERIES_MAX = 2000
 """So many (operation, model, provider) one tenant may have totals of; what comes later is counted as OTHER."""
 TENANTS_SERIES_MAX = 50_000
 """The same for all tenants together."""
+KEPT_FROM = "kept_from_ns"
+"""The state that says up to which time retention has deleted spans and their minutes."""
 _CHUNK = 2000
 _CACHED_CELLS_MAX = 2000
 
@@ -367,11 +369,12 @@ class Store:
     @contextmanager
     def rebuilding(self) -> Iterator[None]:
         """Inside: the store is empty and `apply` fills it anew from the stream's beginning. All of it becomes visible
-        at once at the end; an error or a crash leaves what was before. `applied` and `state` stay."""
+        at once at the end; an error or a crash leaves what was before. `applied` stays, and so does what others saved."""
         with self._transaction():
             self._forget_cache()
             for table in DERIVED:
                 self._db.execute(f"DELETE FROM {table}")
+            self._db.execute("DELETE FROM state WHERE name = ?", (KEPT_FROM,))
             yield
 
     def erase(self, selector: Selector, *, stream: str = "", sequences: Sequence[int] = ()) -> int:
@@ -409,7 +412,7 @@ class Store:
             newest = int(found[-1][1])
             self._forget_cache()
             self._db.execute("DELETE FROM rollups WHERE step = 60 AND at < ?", (newest // 1_000_000_000 // 60 * 60,))
-            self.save("kept_from_ns", b"%d" % max(newest, int(self.load("kept_from_ns") or b"0")))
+            self.save(KEPT_FROM, b"%d" % max(newest, int(self.load(KEPT_FROM) or b"0")))
         return len(found)
 
     def reprice(self, prices: Prices) -> int:
