@@ -3,13 +3,17 @@
 Fences marked `python` and `sh` run in order; what one block writes, the next ones of the page find. A fence that cannot run
 here says why in its first line: ```sh needs: a Docker engine```. Those that say `needs: servers` run against a NATS and a
 Redis server started for them, in place of localhost:4222 and localhost:6379, behind the page's earlier blocks of their
-language. `<!-- setup: COMMAND -->` runs unseen. Other fences (text, json, toml, console output) are for reading only.
+language. `<!-- setup: COMMAND -->` runs unseen. What a block leaves running is there for the page's next ones and killed
+behind the last. Other fences (text, json, toml, console output) are for reading only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import missing
 
 from mist.testing.servers import run_nats, run_redis
 
@@ -77,23 +82,44 @@ def place(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_block_of_the_page_runs(page: Path, place: dict[str, str], tmp_path: Path) -> None:
     """A reader who follows the page from top to bottom meets no error that the page does not announce."""
+    if shutil.which("curl") is None and any(re.search(r"^curl ", b.text, re.MULTILINE) for b in runnable(page)):
+        missing("curl is not installed")
     work = tmp_path / "work"
     work.mkdir()
-    for block in runnable(page):
-        execute(page, block, block.text, work, place)
+    groups: list[int] = []
+    try:
+        for block in runnable(page):
+            execute(page, block, block.text, work, place, groups)
+    finally:
+        for group in groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
 
-def execute(page: Path, block: Block, text: str, work: Path, env: dict[str, str]) -> None:
-    """Run one block; it has to end as the page says."""
+def execute(
+    page: Path, block: Block, text: str, work: Path, env: dict[str, str], groups: list[int] | None = None
+) -> None:
+    """Run one block; it has to end as the page says. Its process group is put into `groups`."""
     if block.language == "python":
         argv = [sys.executable, "-W", "error", "-c", text]
     else:
         argv = ["bash", "-euo", "pipefail", "-c", text]
-    done = subprocess.run(argv, cwd=work, env=env, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        argv, cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=90)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if groups is not None:
+        groups.append(process.pid)
     want = int(block.note.removeprefix("fails: ")) if block.note.startswith("fails:") else 0
-    assert done.returncode == want, (
-        f"{page.relative_to(ROOT)}:{block.line} ended with {done.returncode}, expected {want}\n"
-        f"{text}\n--- stdout\n{done.stdout[-3000:]}\n--- stderr\n{done.stderr[-3000:]}"
+    assert process.returncode == want, (
+        f"{page.relative_to(ROOT)}:{block.line} ended with {process.returncode}, expected {want}\n"
+        f"{text}\n--- stdout\n{out[-3000:]}\n--- stderr\n{err[-3000:]}"
     )
 
 
