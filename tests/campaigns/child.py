@@ -339,9 +339,9 @@ ROLES: dict[str, Role] = {
 
 def _extra() -> None:
     """Roles that live beside their campaign."""
-    from . import full, slow
+    from . import full, slow, tracing
 
-    ROLES.update(full=full.full, slow=slow.slow)
+    ROLES.update(full=full.full, slow=slow.slow, tracer=tracing.tracer, spanner=tracing.spanner)
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

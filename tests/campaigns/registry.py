@@ -20,6 +20,7 @@ from .model import c18
 from .moving import c27
 from .network import partitions, restarts
 from .slow import c14
+from .tracing import c32
 from .writers import c01, c07, c15
 
 
@@ -83,6 +84,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C27", "copy and mirror over every pair, both sides killed", "runs", 1, 50, c27, needs=NATS + REDIS),
     Campaign("C31", "bug bank", "bugs caught", 0, 0, _simulated(bugbank.c31, "caught")),
     Campaign("C31b", "bug bank of the adapters", "bugs caught", 0, 0, c31b, needs=("nats", "redis")),
+    Campaign("C32", "kill -9 of TokenTrace's ingest", "kills", 5, 500, c32),
     Campaign("SOAK", "4 processes share a consumer", "records", 1, 1_000_000, soak),
 )
 

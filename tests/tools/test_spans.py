@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mist.kit.prices import parse_prices
 from mist.protocol.codec import MSGPACK, encode, encode_msgpack
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN
+from mist.tools.tokentrace import spans as module
 from mist.tools.tokentrace.spans import BadSpan, SpanRow, row_of
 
 from .spanning import TRACE, envelope, payload, record
@@ -177,3 +179,42 @@ def test_any_json_gives_a_row_sqlite_can_hold_or_a_reason(changes: dict[str, Any
         assert value is None or 0 <= value < 2**63
     for amount in (found.latency_ms, found.cost_usd):
         assert amount is None or 0 <= amount < float("inf")
+
+
+EDGES = st.sampled_from([
+    b"null", b"0", b"-0", b"-0.0", b"1", b"1.0", b"1e3", b"1e400", b"-1", b"0.1", b"9007199254740991", b"9007199254740992",
+    b"9007199254740993", b"9007199254740992.5", b"9223372036854775807", b"9223372036854775808", b"1000000", b"1000000.5",
+    b"999999.9999999999", b"1e6", b"true", b"false", b'""', b'"x"', b'"a\\u0000b"', b'"\\ud83d\\ude00"', b'"\xc3\xbc"', b'"\xff"',
+    b"[]", b"{}", b'"1"', b'"%s"' % (b"x" * 1024), b'"%s"' % (b"x" * 1025), b'"%s"' % ("\U0001f600".encode() * 1024),
+    b'"%s"' % (b"x" * 256), b'"%s"' % (b"x" * 257), b" 5 ", b'"trace.span"', b'"trace.alert"', b'"2"',
+])  # fmt: skip
+ATTRS = [*module._Attrs.__struct_encode_fields__, "other"]
+PRICED = parse_prices(b'[[price]]\nmodel = "*"\ninput_per_million = 1\noutput_per_million = 3', "t")
+
+
+def outcome(function: Any, data: bytes) -> tuple[str, ...]:
+    try:
+        found = function(record(data), PRICED)
+    except BadSpan as exc:
+        return ("bad", str(exc))
+    return ("none",) if found is None else tuple(repr(value) for value in found)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["version", "id", "source", "type", "checksum", "tenant", "timestamp_ns"]), EDGES, max_size=2),
+    st.dictionaries(st.sampled_from([*payload(), "parent_id"]), EDGES, max_size=2),
+    st.dictionaries(st.sampled_from(ATTRS), EDGES, max_size=6),
+)  # fmt: skip
+def test_the_quick_way_gives_what_the_careful_way_gives(
+    env: dict[str, bytes], span: dict[str, bytes], attrs: dict[str, bytes]
+) -> None:
+    """To the last bit, at every limit: the same row, the same reason, or the same silence."""
+
+    def text(fields: dict[str, bytes]) -> bytes:
+        return b"{%s}" % b",".join(b'"%s":%s' % (name.encode(), value) for name, value in fields.items())
+
+    whole = {name: msgspec.json.encode(value) for name, value in payload(1).items()}
+    inner = text({**whole, "attrs": text(attrs), **span})
+    outer = {"version": b'"1"', "id": b'"i"', "source": b'"s"', "type": b'"trace.span"', "timestamp_ns": b"1"}
+    data = text({**outer, **env, "payload": inner})
+    assert outcome(row_of, data) == outcome(module._careful, data)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ddsketch import DDSketch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mist.tools.tokentrace.rollup import MEASURES, Cell, Series, add, cells_by_minute
 from mist.tools.tokentrace.sketch import ACCURACY, Sketch, bucket, merge, quantiles
 from mist.tools.tokentrace.spans import row_of
 from mist.tools.tokentrace.stats import ModelStats, Quantiles, seed_stats, stats
@@ -46,6 +48,35 @@ def sketched(values: list[float]) -> Sketch:
     for value in values:
         merge(out, {bucket(value): 1})
     return out
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 10**11), st.sampled_from(["a", "b", "", None]), st.sampled_from(["", "ok", "error", "timeout"]),
+            st.none() | st.floats(0, 2**53), st.none() | st.integers(0, 2**53), st.none() | st.floats(0, 1e6),
+        )
+    )
+)  # fmt: skip
+def test_many_spans_at_once_add_what_they_add_one_by_one(seen: list[tuple[Any, ...]]) -> None:
+    """Counts, exact sums and sketches of every minute and series."""
+    rows = []
+    one_by_one: dict[tuple[int, Series], Cell] = {}
+    for time_ns, model, status, latency_ms, tokens_in, cost_usd in seen:
+        row = row_of(record(envelope(1)))
+        assert row is not None
+        row = row._replace(
+            time_ns=time_ns, model=model, status=status, latency_ms=latency_ms, tokens_in=tokens_in, cost_usd=cost_usd
+        )
+        rows.append(row)
+        key = (time_ns // 10**9 // 60 * 60, Series(row.tenant, row.operation, model or "", row.provider or ""))
+        add(one_by_one.setdefault(key, Cell()), status, [getattr(row, name) for name in MEASURES])
+    found = cells_by_minute(rows)
+    assert list(found) == list(one_by_one)
+    for key, cell in found.items():
+        other = one_by_one[key]
+        assert (cell.spans, cell.failed, cell.timeouts) == (other.spans, other.failed, other.timeouts)
+        assert cell.pack() == other.pack()
 
 
 def test_it_agrees_with_the_package_of_the_paper() -> None:

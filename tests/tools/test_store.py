@@ -73,6 +73,24 @@ def test_the_first_span_of_an_id_stays(place: Place) -> None:
         assert (store.count(), seed_stats(store).total_spans) == (2, 2)
 
 
+def test_a_large_page_is_all_or_nothing_and_counts_what_is_new(place: Place) -> None:
+    """More rows than one statement takes, some of them known: exactly the others are new. One that the database refuses,
+    far behind the beginning, takes all of it back."""
+    spans = rows(*range(1, 2501))
+    with Store.open(place) as store:
+        store.apply("trace", "i1", Batch(after=0, scanned=1, rows=[spans[n] for n in (3, 999, 1000, 2400)]))
+        bad = spans[1700]._replace(source=None)  # type: ignore[arg-type]
+        with pytest.raises(MistError):
+            store.apply("trace", "i1", Batch(after=1, scanned=2500, rows=[*spans[:1700], bad, *spans[1701:]]))
+        assert (store.count(), seed_stats(store).total_spans) == (4, 4)
+        assert (
+            store.apply("trace", "i1", Batch(after=1, scanned=2500, rows=[*spans, spans[6]._replace(sequence=2501)]))
+            == 2496
+        )
+        assert (store.count(), seed_stats(store).total_spans) == (2500, 2500)
+        assert store.one("SELECT sum(sequence) FROM spans") == (2500 * 2501 // 2,)
+
+
 def test_the_record_of_what_was_applied_shows_a_second_time(place: Place) -> None:
     """It has no uniqueness: the table of spans hides a repetition, this one does not; and it cannot be rewritten."""
     with Store.open(place) as store:

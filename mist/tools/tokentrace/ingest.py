@@ -23,6 +23,7 @@ from mist.broker.patience import AWAY_S, again
 from mist.client.blobs import Blobs, beside, whole
 from mist.errors import DataLoss, MistError, Refused, SequenceExpired, WrongIncarnation
 from mist.kit.prices import Prices
+from mist.tools.tokentrace.rollup import cells_by_minute
 from mist.tools.tokentrace.spans import BadSpan, SpanRow, row_of
 from mist.tools.tokentrace.store import Batch, Gap, PositionMoved, Refusal, Store
 
@@ -30,7 +31,9 @@ T = TypeVar("T")
 
 STREAM = "trace"
 CHECKPOINT = "tokentrace"
-PAGE = 2000
+PAGE = 8000
+"""Records of one page, which is one transaction. Trace ids are random: the more spans a transaction holds, the more of them
+share a page of the index that it has to write."""
 WAIT_S = 0.5
 """How long one read waits at the end; also how soon a stop is noticed there."""
 MIRROR_S = 1.0
@@ -84,7 +87,9 @@ def batch_of(page: Page, after: int, prices: Prices | None = None, blobs: Blobs 
         if row is not None:
             rows.append(row)
     other = len(page.records) - len(rows) - len(refused)
-    return Batch(after=after, scanned=page.scanned, rows=rows, refused=refused, other=other)
+    return Batch(
+        after=after, scanned=page.scanned, rows=rows, minutes=cells_by_minute(rows), refused=refused, other=other
+    )
 
 
 class Options(Struct, frozen=True, kw_only=True):

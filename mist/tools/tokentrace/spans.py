@@ -8,10 +8,10 @@ Does not: change or drop attributes (they are kept as the JSON that came), guess
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 from mist.broker.base import Record, header
 from mist.errors import MistError
@@ -74,21 +74,20 @@ class _Span(Struct, gc=False):
     attrs: Raw = Raw(b"{}")
 
 
-class _Attrs(
-    Struct,
-    gc=False,
-    rename={
-        "score": "eval.score",
-        "user_dotted": "user.id",
-        "user_end": "enduser.id",
-        "otel_model": "gen_ai.response.model",
-        "otel_asked": "gen_ai.request.model",
-        "otel_provider": "gen_ai.provider.name",
-        "otel_in": "gen_ai.usage.input_tokens",
-        "otel_out": "gen_ai.usage.output_tokens",
-        "otel_cached": "gen_ai.usage.cache_read.input_tokens",
-    },
-):
+_NAMES = {
+    "score": "eval.score",
+    "user_dotted": "user.id",
+    "user_end": "enduser.id",
+    "otel_model": "gen_ai.response.model",
+    "otel_asked": "gen_ai.request.model",
+    "otel_provider": "gen_ai.provider.name",
+    "otel_in": "gen_ai.usage.input_tokens",
+    "otel_out": "gen_ai.usage.output_tokens",
+    "otel_cached": "gen_ai.usage.cache_read.input_tokens",
+}
+
+
+class _Attrs(Struct, gc=False, rename=_NAMES):
     """The attributes that become columns; OpenTelemetry's GenAI names count where ours are absent."""
 
     model: object = None
@@ -111,41 +110,115 @@ class _Attrs(
     otel_cached: object = None
 
 
+_Id = Annotated[str, Meta(min_length=1, max_length=ID_CHARS_MAX)]
+_Name = Annotated[str, Meta(max_length=NAME_CHARS_MAX)]
+_Some = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+_Time = Annotated[int, Meta(ge=0, le=INT_MAX)]
+_Count = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
+# the limit itself is left to the careful path: a whole number just above it becomes it as a float
+_Amount = Annotated[float, Meta(ge=0, lt=COUNT_MAX)]
+_Cost = Annotated[float, Meta(ge=0, lt=COST_USD_MAX)]
+
+
+class _QuickSpan(Struct, gc=False):
+    trace_id: _Id
+    span_id: _Id
+    parent_id: str = ""
+    operation: _Name = ""
+    start_ns: _Time = 0
+    end_ns: _Time = 0
+    status: _Name = ""
+    attrs: Raw = Raw(b"{}")
+
+
 class _Quick(Struct, gc=False):
-    """An envelope with a span, read in one go."""
+    """An ordinary envelope with an ordinary span, read and checked in one go; anything else fails to decode."""
 
     timestamp_ns: int
-    version: str = ""
-    id: str = ""
-    source: str = ""
-    type: str = ""
-    payload: _Span | None = None
-    checksum: int = 0
-    tenant: str = ""
+    version: Literal["1"]
+    id: Annotated[str, Meta(min_length=1)]
+    source: _Some
+    type: Literal["trace.span"]
+    payload: _QuickSpan
+    checksum: Literal[0] = 0
+    tenant: _Name = ""
+
+
+class _QuickAttrs(Struct, gc=False, rename=_NAMES):
+    """`_Attrs` of the types and in the ranges that need no second look."""
+
+    model: _Name | None = None
+    provider: _Name | None = None
+    tokens_in: _Count | None = None
+    tokens_out: _Count | None = None
+    tokens_cached: _Count | None = None
+    cost_usd: _Cost | None = None
+    latency_ms: _Amount | None = None
+    ttft_ms: _Amount | None = None
+    score: _Amount | None = None
+    user: _Name | None = None
+    user_dotted: _Name | None = None
+    user_end: _Name | None = None
+    otel_model: _Name | None = None
+    otel_asked: _Name | None = None
+    otel_provider: _Name | None = None
+    otel_in: _Count | None = None
+    otel_out: _Count | None = None
+    otel_cached: _Count | None = None
 
 
 _quick = msgspec.json.Decoder(_Quick).decode
+_quick_attrs = msgspec.json.Decoder(_QuickAttrs).decode
 _span = msgspec.json.Decoder(_Span).decode
 _attrs = msgspec.json.Decoder(_Attrs).decode
 _NO_ATTRS = _Attrs()
 _PLAIN = (Raw(b"{}"), Raw(b"null"))
 """Raw is equal to Raw only, never to bytes."""
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_new = tuple.__new__
 
 
 def row_of(record: Record, prices: Prices | None = None) -> SpanRow | None:
     """The row of a record, None when it is an envelope of another type. Raises BadSpan."""
-    if not record.headers:
+    data = record.data
+    # what is out of the ordinary in any way takes the careful path, which knows the reasons
+    if not record.headers and (b"\\" not in data or b"\\u0000" not in data):
         try:
-            found = _quick(record.data)
+            env = _quick(data)
+            span = env.payload
+            raw = span.attrs
+            attrs = _quick_attrs(raw)
+            text = str(raw, "utf-8")
         except _NOT_JSON:
-            found = None
-        # what is out of the ordinary in any way takes the careful path, which knows the reasons
-        if (
-            found is not None and found.type == TRACE_SPAN and found.version == "1" and found.payload is not None
-            and found.id and found.source and not found.checksum
-        ):  # fmt: skip
-            return _row(found.payload, found.source, found.tenant, record, prices)
+            return _careful(record, prices)
+        ids = span.trace_id + span.span_id
+        start, end = span.start_ns or None, span.end_ns or None
+        if start is None or end is None:
+            latency = attrs.latency_ms
+        else:
+            latency = (end - start) / 1e6
+        if ids.isascii() and ids.isprintable() and (latency is None or latency >= 0):
+            model = attrs.model or attrs.otel_model or attrs.otel_asked or None
+            provider = attrs.provider or attrs.otel_provider or None
+            tokens_in = attrs.otel_in if attrs.tokens_in is None else attrs.tokens_in
+            tokens_out = attrs.otel_out if attrs.tokens_out is None else attrs.tokens_out
+            cost, price = attrs.cost_usd, None
+            time_ns = start or record.timestamp_ns
+            if cost is None and prices is not None and model is not None:
+                cached = attrs.otel_cached if attrs.tokens_cached is None else attrs.tokens_cached
+                cost, price = _priced(prices, provider, model, time_ns, tokens_in, tokens_out, cached)
+            # a named tuple's own constructor takes three times as long
+            return _new(SpanRow, (
+                span.trace_id, span.span_id, span.parent_id, env.source, env.tenant,
+                attrs.user or attrs.user_dotted or attrs.user_end or "", span.operation, span.status, model, provider,
+                time_ns, start, end, latency, attrs.ttft_ms, tokens_in, tokens_out, cost, attrs.score, price, text,
+                record.sequence,
+            ))  # fmt: skip
+    return _careful(record, prices)
+
+
+def _careful(record: Record, prices: Prices | None) -> SpanRow | None:
+    """The same for any record. What the quick way gives, this one would give too."""
     try:
         if header(record.headers, "Content-Type") == MSGPACK:
             env = decode_msgpack(record.data)
@@ -156,6 +229,18 @@ def row_of(record: Record, prices: Prices | None = None) -> SpanRow | None:
     if env.type != TRACE_SPAN:
         return None
     return _row(_payload(env), env.source, env.tenant, record, prices)
+
+
+def _priced(
+    prices: Prices, provider: str | None, model: str, time_ns: int, tokens_in: int | None, tokens_out: int | None,
+    cached: int | None,
+) -> tuple[float | None, str | None]:  # fmt: skip
+    """(cost, version of the table that made it), None both where it cannot be known."""
+    cost = prices.cost_usd(
+        provider=provider or "", model=model, time_ns=time_ns, tokens_in=tokens_in, tokens_out=tokens_out,
+        tokens_cached=cached,
+    )  # fmt: skip
+    return cost, None if cost is None else prices.version
 
 
 def _payload(env: Envelope) -> _Span:
@@ -195,14 +280,8 @@ def _row(span: _Span, source: str, tenant: str, record: Record, prices: Prices |
     time_ns = start or record.timestamp_ns
     price = None
     if cost is None and prices is not None and model is not None:
-        cost = prices.cost_usd(
-            provider=provider or "", model=model, time_ns=time_ns, tokens_in=tokens_in, tokens_out=tokens_out,
-            tokens_cached=_count(
-                attrs.otel_cached if attrs.tokens_cached is None else attrs.tokens_cached, "tokens_cached"
-            ),
-        )  # fmt: skip
-        if cost is not None:
-            price = prices.version
+        cached = _count(attrs.otel_cached if attrs.tokens_cached is None else attrs.tokens_cached, "tokens_cached")
+        cost, price = _priced(prices, provider, model, time_ns, tokens_in, tokens_out, cached)
     return SpanRow(
         _id(span.trace_id, "trace_id"),
         _id(span.span_id, "span_id"),

@@ -25,7 +25,7 @@ from msgspec import Struct
 from mist.errors import Internal, InvalidArgument
 from mist.kit.prices import Prices
 from mist.tools.tokentrace.driver import Driver, Values
-from mist.tools.tokentrace.rollup import OTHER, STEPS, Cell, Series, cells_by_minute, coarser
+from mist.tools.tokentrace.rollup import OTHER, STEPS, Cell, Minutes, Series, cells_by_minute, coarser
 from mist.tools.tokentrace.schema import COLUMNS, DERIVED
 from mist.tools.tokentrace.spans import SpanRow, cached_tokens
 
@@ -73,6 +73,9 @@ class Batch(Struct, frozen=True, kw_only=True):
     after: int
     scanned: int
     rows: Sequence[SpanRow] = ()
+    """Their sequences differ."""
+    minutes: Minutes | None = None
+    """What all rows add to the totals, where that was worked out beforehand."""
     refused: Sequence[Refusal] = ()
     gaps: Sequence[Gap] = ()
     other: int = 0
@@ -228,7 +231,7 @@ class Store:
             row = self.one("SELECT sequence FROM position WHERE stream = ? AND incarnation = ?", (stream, incarnation))
             if (row[0] if row else batch.after) != batch.after:
                 raise PositionMoved
-            new = self._insert(batch.rows) if batch.rows else []
+            new = self._insert(batch) if batch.rows else 0
             if record:
                 db.execute_many(
                     "INSERT INTO applied VALUES (?, ?, ?, ?)",
@@ -250,44 +253,27 @@ class Store:
                 " incarnation = excluded.incarnation, sequence = excluded.sequence, time_ns = excluded.time_ns",
                 (stream, incarnation, batch.scanned, now),
             )
-        return len(new)
-
-    def _insert(self, rows: Sequence[SpanRow]) -> Sequence[SpanRow]:
-        """Insert what is new and count it in; the new rows."""
-        self._db.execute("SAVEPOINT before_spans")
-        new: Sequence[SpanRow] = rows
-        if self._db.insert_spans(rows) != len(rows):
-            # some were there already: which ones decides what the totals gain
-            self._db.execute("ROLLBACK TO SAVEPOINT before_spans")
-            known = self._known(rows)
-            fresh: dict[tuple[str, str], SpanRow] = {}
-            for row in rows:
-                key = (row.trace_id, row.span_id)
-                if key not in known:
-                    fresh.setdefault(key, row)
-            new = list(fresh.values())
-            self._db.insert_spans(new)
-        self._db.execute("RELEASE SAVEPOINT before_spans")
-        self._add(cells_by_minute(new))
         return new
 
-    def _known(self, rows: Sequence[SpanRow]) -> set[tuple[str, str]]:
-        found: set[tuple[str, str]] = set()
-        for at in range(0, len(rows), 200):
-            part = rows[at : at + 200]
-            pairs = ",".join(["(?, ?)"] * len(part))
-            keys = [text for row in part for text in (row.trace_id, row.span_id)]
-            found.update(
-                (str(r[0]), str(r[1]))
-                for r in self._db.fetch(
-                    f"SELECT trace_id, span_id FROM spans WHERE (trace_id, span_id) IN (VALUES {pairs})", keys
-                )
-            )
-        return found
+    def _insert(self, batch: Batch) -> int:
+        """Insert what is new and count it in; how many that were."""
+        rows = batch.rows
+        (last,) = self._db.fetch("SELECT coalesce(max(id), 0) FROM spans")[0]
+        new = self._db.insert_spans(rows)
+        if new == len(rows):
+            self._add(cells_by_minute(rows) if batch.minutes is None else batch.minutes)
+        else:
+            # some were there already: which ones decides what the totals gain
+            stored = {row[0] for row in self._db.fetch("SELECT sequence FROM spans WHERE id > ?", (last,))}
+            fresh = [row for row in rows if row.sequence in stored]
+            if len(fresh) != new:
+                raise Internal("two rows of a page have one sequence: their totals would be wrong")
+            self._add(cells_by_minute(fresh))
+        return new
 
     # ----------------------------------------------------------------- totals
 
-    def _add(self, minutes: dict[tuple[int, Series], Cell], sign: int = 1) -> None:
+    def _add(self, minutes: Minutes, sign: int = 1) -> None:
         """Merge what rows add (or, with -1, take away) into the cells of every width."""
         if not minutes:
             return
@@ -331,7 +317,7 @@ class Store:
             self._cells[key] = cell
         return cell
 
-    def _capped(self, minutes: dict[tuple[int, Series], Cell]) -> dict[tuple[int, Series], Cell]:
+    def _capped(self, minutes: Minutes) -> Minutes:
         """With series beyond the caps as OTHER: what comes from outside must not make totals without end."""
         names = {series for _, series in minutes}
         if not names <= self._series:
@@ -353,14 +339,12 @@ class Store:
             if names <= self._series:
                 return minutes
             known_tenants = set(per_tenant)
-            out: dict[tuple[int, Series], Cell] = {}
+            out: Minutes = {}
             for (at, series), cell in minutes.items():
                 if series not in self._series:
                     tenant = series.tenant if series.tenant in known_tenants else OTHER
                     series = Series(tenant, OTHER, OTHER, OTHER)
-                found = out.setdefault((at, series), cell)
-                if found is not cell:
-                    found.merge(cell)
+                out.setdefault((at, series), Cell()).merge(cell)
             return out
         return minutes
 
