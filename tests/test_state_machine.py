@@ -52,7 +52,7 @@ def losing_a_record(self: Any, limit: int, bytes_max: int) -> Any:
 
 def passing_over(self: Any, after: int, match: Any, limit: int, bytes_max: int) -> Any:
     page = original["page"](self, after, match, limit, bytes_max)
-    return page if len(page.records) != 3 else mist.Page(page.records[:2], page.scanned, page.last)
+    return page if len(page.records) < 3 else mist.Page(page.records[:-1], page.scanned, page.last)
 
 
 async def counting_no_attempts(self: Any, deliveries: Sequence[Delivery], *, delay_s: float = 0.0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from mist.tools.tokentrace.otlp.decode import decode_json, decode_protobuf
 from mist.tools.tokentrace.otlp.encode import encode_json, encode_protobuf, request_of
 
 TRACE, SPAN, PARENT = bytes(range(1, 17)), bytes(range(1, 9)), bytes(range(2, 10))
+
+EXAMPLES = int(os.environ.get("MIST_EXAMPLES", "50"))
 
 
 def request(attributes: dict[str, Any] | None = None, *, service: str | None = "chat-api", **fields: Any) -> bytes:
@@ -374,7 +377,7 @@ def whole(out: ExportTraceServiceRequest) -> ExportTraceServiceRequest:
 
 
 @given(requests())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_span_goes_in_and_comes_out_the_same(out: ExportTraceServiceRequest) -> None:
     """Through the bytes of the stream; and its JSON means the same envelope."""
     (env,) = decode_protobuf(out.SerializeToString()).envelopes
@@ -419,7 +422,7 @@ OURS = st.builds(
 
 @example(TraceSpan("t", "s", operation="x", attrs={"gen_ai.operation.name": "y"}), "s", "")
 @given(OURS, TEXT.filter(lambda t: t != "unknown_service"), TEXT)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_span_of_ours_goes_out_and_comes_back_the_same(span: TraceSpan, source: str, tenant: str) -> None:
     """Payload, source and tenant; in both encodings, and when it goes round twice."""
     env = Envelope.new("trace.span", span, source=source or "s", tenant=tenant)
