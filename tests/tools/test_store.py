@@ -406,6 +406,17 @@ def test_pages_follow_one_another_without_holes(place: Place) -> None:
                 queries.spans(store, limit=1, cursor=bad)
 
 
+def test_the_cost_of_a_trace_does_not_depend_on_where_its_rows_lie(place: Place) -> None:
+    """Amounts are added in one order, though a changed row moves: else a repriced and a rebuilt store would differ."""
+    costs = (0.1, 0.2, 0.3)
+    with Store.open(place) as store:
+        store.apply("trace", "i", Batch(after=0, scanned=3, rows=[made(n, cost_usd=c) for n, c in enumerate(costs, 1)]))
+        before = queries.traces(store, limit=1)
+        store._db.execute("UPDATE spans SET price = 'x' WHERE cost_usd = 0.1")
+        store._db.execute("ANALYZE")  # so that PostgreSQL reads a small table as it lies
+        assert queries.traces(store, limit=1) == before
+
+
 def test_a_tenant_sees_its_own_spans_only(place: Place) -> None:
     """Every question that takes a tenant answers with nothing of another's, also inside one trace."""
     mine = made(1, tenant="acme", trace_id="t1")

@@ -237,7 +237,10 @@ def _summary(store: Store, trace_id: str, tenant: str | None) -> TraceSummary:
     condition, values = ("", [trace_id]) if tenant is None else (" AND tenant = ?", [trace_id, tenant])
     row = store.one(
         f"SELECT count(*), sum(CASE WHEN {FAILED} THEN 1 ELSE 0 END), min(start_ns), max(end_ns), sum(tokens_in),"
-        f" sum(tokens_out), sum(cost_usd), max(latency_ms) FROM spans WHERE trace_id = ?{condition}",
+        f" sum(tokens_out), sum(cost_usd), max(latency_ms)"
+        # in one order, wherever rows lie: the last digit of a sum depends on it
+        f" FROM (SELECT status, start_ns, end_ns, tokens_in, tokens_out, cost_usd, latency_ms FROM spans"
+        f" WHERE trace_id = ?{condition} ORDER BY span_id) AS trace",
         values,
     )
     if row is None or not row[0]:
