@@ -22,7 +22,7 @@ BUSY_S = 10.0
 LOG_PAGES = 8000
 """Of 4 KiB: how long the write-ahead log grows before its pages are written to the file. A page of an index that many
 transactions touch is then written once for all of them."""
-_ROWS = 1000
+_ROWS = 500
 """Rows of one INSERT. The interpreter's lock is released once for all of them, so that reading goes on beside it."""
 _VALUES = f"({','.join('?' * len(COLUMNS))})"
 # FAIL and not the usual ABORT: a failure takes the whole transaction back anyway, and SQLite need not keep a copy of each
