@@ -162,6 +162,6 @@ def _read_slowly(header: bytes, data: bytes) -> tuple[str, Headers, bytes]:
     if listed is not None:
         try:
             return id, _decode(listed), data
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             data = whole  # somebody else's header of that name
     return id, tuple(found), data

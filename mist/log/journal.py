@@ -645,7 +645,9 @@ class Journal:
             generation=(old.generation if old is not None else 0) + 1, boot=self.boot, device=self.identity[0],
             inode=self.identity[1], durable=durable, segment=last, end=found.end, chain=found.chain, time_ns=time_ns,
             first=min(first, durable + 1), first_segment=last, first_offset=SEGMENT_HEADER, bytes=0,
-            deleted=old.deleted if old is not None else 0, erasures=old.erasures + 1 if old is not None else 1,
+            deleted=old.deleted if old is not None else 0,
+            # without the old page nobody knows what number readers have seen: it has to be another one
+            erasures=old.erasures + 1 if old is not None else int(secrets.token_hex(4), 16),
         )  # fmt: skip
         remove_leftovers(self.files, self.path)
         if found.durable < shown:

@@ -200,3 +200,13 @@ def test_plain_headers_are_what_each_of_them_is(headers: list[bytes]) -> None:
     found = plain_headers(headers)
     if found is not None:
         assert [(id, (), b"") for id in found] == [read_header(h, b"") for h in headers]
+
+
+def test_a_header_of_our_name_that_is_no_text_is_somebody_elses() -> None:
+    """Bytes that are not UTF-8 in the list of headers, in the header itself and spilled: taken as they stand, never an error."""
+    for value in (b'[["a","\x8dw"]]', b"\xff", b"[[1]]"):
+        assert read_header(b"NATS/1.0\r\nX: y\r\nMist-Headers: " + value + b"\r\n\r\n", b"d") == (
+            "",
+            (("X", "y"),),
+            b"d",
+        )
