@@ -30,6 +30,7 @@ from typing import Any, Self, TypeVar
 
 from mist.errors import Internal, MistError, TimedOut, Unavailable
 from mist.kit.retry import RetryPolicy
+from mist.kit.waiting import sleep_unless
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -121,7 +122,7 @@ class Lifecycle:
                 failures += 1
                 pause = self._again.pause_s(failures, self._draw())
                 self._say(f"{exc}; trying again in {pause:.1g} s")
-                await _pause(pause, self.stop)
+                await sleep_unless(pause, self.stop)
 
     async def ready(self) -> bool:
         """Wait until every unit was ready once; False when `stop` was set before."""
@@ -224,7 +225,7 @@ class Lifecycle:
                     pause = self._again.pause_s(failures, self._draw())
                     unit.restarts += 1
                     self._say(f"{unit.name}: {exc}; starting it again in {pause:.1g} s")
-                    await _pause(pause, unit.stop)
+                    await sleep_unless(pause, unit.stop)
         except Exception as exc:
             unit.down(str(exc))
             self._errors.append(exc)
@@ -242,9 +243,3 @@ class Lifecycle:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
-
-
-async def _pause(seconds: float, stop: asyncio.Event) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await stop.wait()

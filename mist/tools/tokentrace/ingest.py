@@ -23,6 +23,7 @@ from mist.broker.patience import AWAY_S, again
 from mist.client.blobs import Blobs, beside, whole
 from mist.errors import DataLoss, MistError, Refused, SequenceExpired, WrongIncarnation
 from mist.kit.prices import Prices
+from mist.kit.waiting import in_thread, sleep_unless
 from mist.tools.tokentrace.rollup import cells_by_minute
 from mist.tools.tokentrace.spans import BadSpan, SpanRow, row_of
 from mist.tools.tokentrace.store import Batch, Gap, PositionMoved, Refusal, Store
@@ -146,7 +147,7 @@ async def ingest(
                 if not exc.retryable:
                     raise
                 say(f"{exc}; trying again in {pause:.2g} s")
-                await _pause(pause, stop)
+                await sleep_unless(pause, stop)
                 pause = min(pause * 2, RETRY_S_MAX)
                 continue
             progress.position = after
@@ -226,7 +227,7 @@ async def _store(
         say(f"records {gap.first} to {gap.last} of stream {stream.name} are missing: {gap.reason}")
     began = time.perf_counter()
     try:
-        new = await _in_thread(lambda: store.apply(stream.name, stream.incarnation, batch, record=options.record))
+        new = await in_thread(lambda: store.apply(stream.name, stream.incarnation, batch, record=options.record))
     except PositionMoved:
         moved = store.position(stream.name)
         return moved.sequence if moved else batch.after
@@ -291,16 +292,6 @@ def _sum(one: Progress, other: Progress) -> Progress:
     return msgspec.structs.replace(other, **{name: getattr(one, name) + getattr(other, name) for name in counted})
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Run in a thread; a cancelled caller still waits for it, so that nobody closes the store under a transaction."""
-    future = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait({future})
-        raise
-
-
 def _gap_batch(after: int, resume_after: int, reason: str) -> Batch:
     return Batch(after=after, scanned=resume_after, gaps=[Gap(after + 1, resume_after, reason)])
 
@@ -310,14 +301,3 @@ async def _mirror(broker: Broker, stream: Stream, sequence: int, *, away_s_max: 
         # force: the store's row decides; after a power cut it may be behind what was mirrored, and is right
         checkpoint = Checkpoint(stream=stream.name, name=CHECKPOINT, incarnation=stream.incarnation, sequence=sequence)
         await again(lambda: broker.checkpoints.save(checkpoint, force=True), away_s_max=away_s_max)
-
-
-async def _pause(seconds: float, stop: asyncio.Event | None) -> None:
-    if stop is None:
-        await asyncio.sleep(seconds)
-        return
-    try:
-        async with asyncio.timeout(seconds):
-            await stop.wait()
-    except TimeoutError:
-        return

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mist.broker.base import Broker, Stream
 from mist.errors import Locked, MistError
 from mist.kit.prices import Prices
 from mist.kit.server import App
+from mist.kit.waiting import in_thread, sleep_unless
 from mist.tools.tokentrace.api import Api
 from mist.tools.tokentrace.ingest import Options, Progress, ingest, start
 from mist.tools.tokentrace.readers import Readers
@@ -103,12 +105,14 @@ class Service:
             while not stop.is_set():
                 before = self._clock() - round(kept.retain_s * 1e9) if kept.retain_s else None
                 try:
-                    gone = await _finished(store.retain, before, kept.retain_bytes or None)
+                    gone = await in_thread(
+                        partial(store.retain, before_ns=before, bytes_max=kept.retain_bytes or None, limit=_CHUNK)
+                    )
                 except Locked as exc:
                     self._say(f"{exc}; the limits of the store are looked at again in {HOUSEKEEPING_S:g} s")
                     gone = 0
                 self._retired += gone
-                await _pause(0.05 if gone else HOUSEKEEPING_S, stop)
+                await sleep_unless(0.05 if gone else HOUSEKEEPING_S, stop)
 
     async def _refresh(self, stop: asyncio.Event) -> None:
         groups = ("tenant", "operation", "model", "provider")
@@ -118,25 +122,7 @@ class Service:
             except MistError as exc:
                 if not exc.retryable:
                     raise
-            await _pause(TOTALS_S, stop)
-
-
-async def _finished(retain: Callable[..., int], before_ns: int | None, bytes_max: int | None) -> int:
-    """One piece, in a thread; a cancelled caller still waits for it."""
-    work = asyncio.ensure_future(asyncio.to_thread(retain, before_ns=before_ns, bytes_max=bytes_max, limit=_CHUNK))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait({work})
-        raise
-
-
-async def _pause(seconds: float, stop: asyncio.Event) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await stop.wait()
-    except TimeoutError:
-        return
+            await sleep_unless(TOTALS_S, stop)
 
 
 def _first(group: BaseExceptionGroup[MistError]) -> MistError:

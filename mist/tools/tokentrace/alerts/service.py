@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from mist.broker.clock import SYSTEM, Clock
 from mist.errors import InvalidArgument, MistError
 from mist.kit.retry import RetryPolicy
+from mist.kit.waiting import in_thread
 from mist.protocol.envelope import Envelope
 from mist.tools.tokentrace.alerts import control, engine
 from mist.tools.tokentrace.alerts.measure import measure, read
@@ -187,7 +188,7 @@ class Alerts:
     async def _ask(self, work: Callable[[], T]) -> T:
         """Something of the store, in a thread."""
         async with self._one_at_a_time:
-            return await _in_thread(work)
+            return await in_thread(work)
 
     async def _load(self) -> engine.Saved:
         if self._saved is None:
@@ -293,16 +294,6 @@ def _replaced(saved: engine.Saved, webhook: engine.Webhook) -> engine.Saved:
 
 async def _no_post(url: str, headers: Mapping[str, str], body: bytes, timeout_s: float) -> None:
     raise MistError("nobody delivers webhooks here", retryable=False)
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Run in a thread; a cancelled caller still waits for it, so that nobody closes the store under it."""
-    future = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait({future})
-        raise
 
 
 async def _until(stop: asyncio.Event, seconds: float, also: asyncio.Event | None = None) -> None:
