@@ -19,7 +19,7 @@ CONSUMER_NOT_FOUND = 10014
 STREAM_EXISTS = 10058
 CONSUMER_EXISTS = frozenset({10013, 10148, 10105})
 WRONG_LAST = frozenset({10071, 10164})
-WRONG_LAST_ID = 10070
+WRONG_LAST_ID = frozenset({10070})
 DUPLICATE_IN_BATCH = 10201
 FULL = frozenset({10023, 10047, 10077, 10028, 10027, 10026})
 """Insufficient resources, storage or memory of the server or account, and what the store itself says."""

@@ -8,7 +8,11 @@
   more than one message. Appends that wait for the one in flight are joined into the next.
 - a refusal because of a known id, or of the condition: every id is asked about without storing anything (a publish
   under a condition that cannot hold tells a known id from a new one and gives its sequence), then what is new is
-  stored. That is how a repeat of a stored conditional append succeeds.
+  stored. That is how a repeat of a stored conditional append succeeds. Which condition depends on the replicas. One:
+  the last id (the ids are looked at first, which is not so for the last sequence). More: the last sequence, which
+  the leader refuses before it proposes anything; the last id is looked at when the replicas apply what was proposed,
+  and such a refusal stops a replicated stream of nats-server 2.14 and 2.15 for good ("critical write error").
+  Before 2.12 any condition that is refused there leaves its id "in process": those servers are never asked.
 
 Promises: the contract's `append`, except that on a server without atomic batches a failure in the middle of a window
 (the disk full, an account's limit) can leave a hole: then the append raises Ambiguous, never PartialAppend.
@@ -48,6 +52,8 @@ BATCH = 1000
 """The server's limit of an atomic batch."""
 BATCH_BYTES = 8 * 1024 * 1024
 _ID_HEAD = len(b"NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
+_NEVER = 2**63 - 1
+"""No stream's last sequence."""
 LOOKS = 8
 """How often an append starts anew because another writer stored one of its ids meanwhile."""
 
@@ -254,7 +260,15 @@ class Publisher:
     """Appends to one stream over one connection, shared by its handles."""
 
     def __init__(
-        self, window: Window, name: str, prefix: str, *, atomic: bool, prefer_atomic: bool, dedupe: bool
+        self,
+        window: Window,
+        name: str,
+        prefix: str,
+        *,
+        atomic: bool,
+        prefer_atomic: bool,
+        dedupe: bool,
+        replicated: bool,
     ) -> None:
         self.window = window
         self.link = window.link
@@ -264,6 +278,9 @@ class Publisher:
         self.atomic = atomic
         self.prefer_atomic = prefer_atomic
         self.dedupe = dedupe
+        self.replicated = replicated
+        self.askable = not replicated or self.link.version >= (2, 12)
+        """A publish with an id can be refused without the server keeping the id."""
         self._id_header = ID if dedupe else QUIET_ID
         self._subjects: dict[str, bytes] = {}
         self._starts: dict[str, bytes] = {}
@@ -272,6 +289,11 @@ class Publisher:
 
     async def append(self, messages: Sequence[Message], expected_last: int | None) -> list[int]:
         """Raises what the contract's append raises; `messages` were checked."""
+        if expected_last is not None and not self.askable and self.dedupe and any(m.id for m in messages):
+            raise Unavailable(
+                f"stream {self.name} is replicated by a nats-server before 2.12, which keeps the id of a refused message: "
+                "no `expected_last` for messages with ids", retryable=False, hint="nats-server 2.12 or newer",
+            )  # fmt: skip
         if not self.prefer_atomic and (expected_last is None or len(messages) == 1):
             return await self._windowed(messages, expected_last)
         job = _Job(messages, expected_last, asyncio.get_running_loop().create_future())
@@ -348,7 +370,7 @@ class Publisher:
         frames, size = self._frames(messages, last)
         segment = await self.window.publish(frames, size)
         if not segment.errors:
-            return segment.sequences
+            return self._all(segment.sequences)
         first = min(segment.errors)
         cause = segment.errors[first]
         if last is not None and len(messages) == 1 and isinstance(cause, ApiError) and cause.err_code in WRONG_LAST:
@@ -362,6 +384,12 @@ class Publisher:
             ) from cause  # fmt: skip
         unknown = [messages[i].id for i in sorted(segment.errors)]
         raise self._ambiguous(unknown, cause) from cause
+
+    def _all(self, sequences: list[int]) -> list[int]:
+        """A server before 2.11 acknowledges an id that is still in process with the sequence 0."""
+        if 0 in sequences:
+            raise Ambiguous(f"stream {self.name}: append: the server has an id of it in process")
+        return sequences
 
     def _ambiguous(self, ids: Sequence[str], cause: Exception) -> Ambiguous:
         return Ambiguous(f"stream {self.name}: append: {cause}", ids=[i for i in ids if i])
@@ -481,7 +509,7 @@ class Publisher:
                         segment.sequences[:first], len(messages), self._error_of(segment.errors[first]), self.name
                     )
                 raise segment.errors[first]
-            return segment.sequences
+            return self._all(segment.sequences)
         until = asyncio.get_running_loop().time() + CALL_S
         batch = secrets.token_hex(8).encode()
         count = len(messages)
@@ -530,7 +558,7 @@ class Publisher:
             ):
                 raise self._error(refusal) from refusal
             places = [i for i, s in enumerate(out) if not s]
-            asked = [i for i in places if messages[i].id and self.dedupe]
+            asked = [i for i in places if messages[i].id and self.dedupe and self.askable]
             if asked:
                 for i, sequence in zip(asked, await self._known([messages[i].id for i in asked]), strict=True):
                     out[i] = sequence
@@ -558,14 +586,17 @@ class Publisher:
 
     async def _known(self, ids: Sequence[str]) -> list[int]:
         """The sequence of each id, 0 where it is new: asked by a publish whose condition cannot hold."""
-        never = secrets.token_hex(16).encode()
+        if self.replicated:
+            never, refused = b"Nats-Expected-Last-Sequence: %d\r\n" % _NEVER, WRONG_LAST
+        else:
+            never, refused = b"Nats-Expected-Last-Msg-Id: %b\r\n" % secrets.token_hex(16).encode(), WRONG_LAST_ID
         out: list[int] = []
         subject = self._subject("mist.probe") if self.prefix else next(iter(self._subjects.values()))
         for start in range(0, len(ids), WINDOW):
             frames = []
             for id in ids[start : start + WINDOW]:
                 lines, _ = message_lines(Message("x", b"", id), ID)
-                lines += b"Nats-Expected-Last-Msg-Id: %b\r\n" % never
+                lines += never
                 head = len(lines) + 12
                 frames.append(
                     (
@@ -577,7 +608,7 @@ class Publisher:
             for cause in segment.errors.values():
                 if not isinstance(cause, ApiError):
                     raise cause
-                if cause.err_code != WRONG_LAST_ID:
+                if cause.err_code not in refused:
                     raise self._error(cause) from cause
             out += segment.sequences
         return out

@@ -84,6 +84,7 @@ class Shared:
             prefer_atomic=atomic
             and (broker.sync.always or info.config.num_replicas > 1 or info.config.discard == "new"),
             dedupe=self.dedupes,
+            replicated=info.config.num_replicas > 1,
         )  # fmt: skip
 
     def update(self, info: js.StreamInfo, meta: dict[str, str] | None = None) -> None:
