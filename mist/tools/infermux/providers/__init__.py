@@ -1,0 +1,1 @@
+"""Adapters: what turns a ChatRequest into a provider's wire format and its answers back."""
