@@ -18,7 +18,7 @@ from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE, InferRequest, InferResponse
 from mist.protocol.payloads import ChatMessage as WireMessage
 from mist.tools.infermux.chat import ChatMessage, ChatRequest, Usage
-from mist.tools.infermux.recordings import Recordings, epoch_of, key_of, question_key
+from mist.tools.infermux.recordings import Recordings, epoch_of, key_of, question_key, read_recordings
 
 
 def ask(text: str = "2+2?", params: dict[str, Any] | None = None, **fields: Any) -> ChatRequest:
@@ -214,3 +214,42 @@ def test_a_line_that_is_no_answer_is_named(tmp_path: Path, line: bytes, match: s
         Recordings.from_file(tmp_path / "nothing")
     with pytest.raises(InvalidArgument, match="cannot be read"):
         Recordings.from_file(tmp_path)
+
+
+def test_a_setting_says_where_they_are(tmp_path: Path) -> None:
+    """A file, or a stream from a sequence or a cursor; nothing to answer with is an error. A failure is no answer."""
+    url = f"log:{tmp_path / 'log'}"
+    file = tmp_path / "a.jsonl"
+    failed = InferResponse(model="m", finish_reason="error", error="x", error_code="timeout")
+    envelopes = [
+        *exchange("q", answer("1"), id="r1"),
+        *exchange("q", answer("2"), id="r2"),
+        *exchange("q", failed, id="r3"),
+    ]
+    file.write_bytes(b"\n".join(encode(envelope) for envelope in envelopes))
+
+    async def answers(place: str, cursor: str = "") -> list[str | None]:
+        with await read_recordings(place, cursor=cursor) as recordings:
+            key = key_of(ask("q"), "m")
+            return [say(recordings, key, at + 1) for at in range(recordings.count(key))]
+
+    async def body() -> None:
+        async with mist.connect(url) as broker, mist.Client(broker) as client:
+            await client.publish("infer", envelopes)
+            async with client.replay("infer", name="after-one") as reader:
+                async for received in reader:
+                    if received.sequence == 3:
+                        break
+        assert await answers(str(file)) == await answers(f"file:{file}") == await answers(url) == ["1", "2"]
+        assert await answers(f"{url}?stream=infer", "2") == await answers(url, "after-one") == ["2"]
+        for place, cursor, error, match in (
+            (url, "4", NotFound, "holds no recorded answer behind 4"),
+            (url, "nobody", NotFound, "no cursor is called 'nobody'"),
+            (f"{url}?stream=other", "", NotFound, "other"),
+            (str(file), "4", InvalidArgument, "is for a stream"),
+            (f"{url}?strean=x", "", InvalidArgument, "strean"),
+        ):
+            with pytest.raises(error, match=match):
+                await read_recordings(place, cursor=cursor)
+
+    run(body())
