@@ -111,6 +111,7 @@ OPENAI: dict[FaultName, Said] = {
     "bad_json": Said("bad_answer", 200),
     "bad_utf8": Said("bad_answer", 200),
     "not_an_object": Said("bad_answer", 200),
+    "compressed": Said("bad_answer", 200),
     "refused_with_200": Said("server", 200),
 }
 ANTHROPIC: dict[FaultName, Said] = {
