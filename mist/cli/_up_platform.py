@@ -33,6 +33,7 @@ _access = logging.getLogger("mist.access")
 NAME = "mist"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 Tool = Callable[["Platform"], Awaitable[None]]
+Answerer = Callable[[Envelope], Awaitable[Envelope]]
 
 
 class Platform(Unit):
@@ -49,6 +50,7 @@ class Platform(Unit):
         stream: str,
         config: StreamConfig | None,
         say: Say,
+        answers: dict[str, Answerer],
     ) -> None:
         super().__init__(name)
         self.broker = broker
@@ -59,10 +61,16 @@ class Platform(Unit):
         self.say: Say = lambda text: say(f"{name}: {text}")
         self.facts: Callable[[], dict[str, Any]] = dict
         self.doors: dict[str, App] = {}
+        self.answers = answers
+        """Of all tools together: type of an envelope -> what answers one that comes alone to the door."""
 
-    def reply(self, envelope: Envelope) -> Envelope | None:
-        """What an envelope is answered with instead of being stored: a `health.ping` with a `health.pong`."""
-        return self._health.pong(envelope) if envelope.type == HEALTH_PING else None
+    def reply(self, envelope: Envelope) -> Envelope | Awaitable[Envelope] | None:
+        """What an envelope is answered with instead of being stored: a `health.ping` with a `health.pong`, and what a tool
+        has an answer for."""
+        if envelope.type == HEALTH_PING:
+            return self._health.pong(envelope)
+        answer = self.answers.get(envelope.type)
+        return answer(envelope) if answer is not None else None
 
     def down(self, reason: str) -> None:
         super().down(reason)
@@ -167,8 +175,11 @@ async def run(
         running.broker = broker = await life.connected(connect, wait_s=wait_s)
         if broker is None:
             return {}
+        answers: dict[str, Answerer] = {}
         for name, tool in tools.items():
-            platform = Platform(name, broker, running.health, running.metrics, stream=stream, config=config, say=say)
+            platform = Platform(
+                name, broker, running.health, running.metrics, stream=stream, config=config, say=say, answers=answers
+            )
             running.add(platform)
             life.supervise(platform, partial(tool, platform))
         if await life.ready():

@@ -62,7 +62,8 @@ class InferResponse(Struct, frozen=True, omit_defaults=True):
     """Tokens may be null: not stated. What follows `finish_reason` is ours and optional: `request_key` names the question
     (mist/tools/infermux/recordings.py), so that a stream of answers can be replayed; `request_id` is the provider's name for
     the call, `answered_by` its name for the model; `tokens_cached` is a part of `tokens_in`, `tokens_reasoning` one of
-    `tokens_out`; `price_version` is that of the table `cost_usd` is from."""
+    `tokens_out`; `price_version` is that of the table `cost_usd` is from. A question that failed for good has `error` and
+    `error_code`, the `finish_reason` "error" and no `request_key`."""
 
     model: str = always(str)
     provider: str = always(str)
@@ -80,6 +81,8 @@ class InferResponse(Struct, frozen=True, omit_defaults=True):
     tokens_cached: Int64 | None = None
     tokens_reasoning: Int64 | None = None
     price_version: str = ""
+    error: str = ""
+    error_code: str = ""
 
 
 class EvalRun(Struct, frozen=True, omit_defaults=True):

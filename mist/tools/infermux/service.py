@@ -1,0 +1,135 @@
+"""InferMux at work: one router, its record, its doors, the requests of a stream, its costs.
+
+Promises: what is recorded lies in the streams that are handed in; the way down is in order: requests of the stream are given
+back or finished, the record is drained within its deadline, then the router is closed. Does not: open brokers or listeners,
+or read settings from files; the caller hands them in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+from mist.broker.base import Stream
+from mist.errors import InvalidArgument
+from mist.kit.metrics import Metrics
+from mist.kit.server import App
+from mist.protocol.envelope import Envelope
+from mist.tools.infermux.access import Access
+from mist.tools.infermux.api import Api
+from mist.tools.infermux.budgets import Ledger
+from mist.tools.infermux.calls import ALL, Calls
+from mist.tools.infermux.chat import Caller
+from mist.tools.infermux.handler import answered
+from mist.tools.infermux.recorder import Recorder
+from mist.tools.infermux.router import Router
+from mist.tools.infermux.settings import InferMuxSettings
+from mist.transport.body import Limits
+
+MANAGEMENT = "INFERMUX_MANAGEMENT_TOKEN"
+"""The variable with the token of the management routes, by the name the documents give it."""
+Say = Callable[[str], None]
+
+
+class InferMux:
+    """`infer` and `trace` are the streams of the record; None is nowhere."""
+
+    def __init__(
+        self,
+        settings: InferMuxSettings,
+        router: Router,
+        *,
+        infer: Stream | None = None,
+        trace: Stream | None = None,
+        ledger: Ledger | None = None,
+        metrics: Metrics | None = None,
+        env: Mapping[str, str] = os.environ,
+        say: Say = lambda _text: None,
+    ) -> None:
+        self.settings = settings
+        self.router = router
+        self.recorder = Recorder(infer, trace, capture=settings.capture, say=say)
+        self.calls = Calls(router, self.recorder, metrics=metrics)
+        self._ledger = ledger
+        self.access = Access(keys_of(settings, env), management_token=env.get(MANAGEMENT, ""))
+        metrics = metrics or Metrics()
+        self._measure(metrics)
+        self._api = Api(
+            self.calls,
+            access=self.access,
+            limits=Limits(body_bytes_max=int(settings.body_bytes_max), inflight_requests_max=settings.requests_max),
+            names=lambda: names_of(settings),
+            costs=self._costs if ledger is not None else None,
+            metrics=metrics.pages()["/metrics"],
+            facts=self.facts,
+        )
+
+    def doors(self) -> dict[str, App]:
+        return self._api.doors()
+
+    async def answer(self, asked: Envelope) -> Envelope:
+        """The `infer.response` to an `infer.request` of a door. Raises what became of it instead."""
+        return await answered(self.calls, asked, ALL, errors=False)
+
+    def facts(self) -> dict[str, Any]:
+        """Counters of this process."""
+        recorded = self.recorder.stats
+        return {
+            "requests": self.calls.requests, "under_way": self.calls.under_way, "recorded": recorded.stored,
+            "unrecorded": recorded.pending, "dropped": sum(recorded.dropped.values()),
+        }  # fmt: skip
+
+    async def aclose(self, drain_s: float) -> None:
+        """Drain the record, close the providers."""
+        await self.recorder.aclose(drain_s)
+        await self.router.aclose()
+
+    async def _costs(self, path: str, query: bytes) -> Any:
+        given = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+        month = given.pop("period", "")
+        if given:
+            raise InvalidArgument(f"unknown parameter {next(iter(given))[:60]!r}", hint="period=YYYY-MM")
+        raise NotImplementedError
+
+    def _measure(self, metrics: Metrics) -> None:
+        metrics.watch(
+            "infermux_circuit_state", "0 closed, 1 open, 2 half-open.", self._circuits, labels=("provider", "model")
+        )
+        metrics.watch("infermux_calls_under_way", "Calls.", lambda: self.calls.under_way)
+        metrics.watch(
+            "infermux_records_dropped_total", "Records that were not stored, by reason.",
+            lambda: {(reason,): float(number) for reason, number in self.recorder.dropped.items()},
+            labels=("reason",), kind="counter",
+        )  # fmt: skip
+        metrics.watch("infermux_records_pending", "Records that wait to be stored.", lambda: self.recorder.stats.pending)
+
+    def _circuits(self) -> dict[tuple[str, ...], float]:
+        return {}
+
+
+def keys_of(settings: InferMuxSettings, env: Mapping[str, str]) -> dict[str, Caller]:
+    """SHA-256 of each key -> who has it. Raises InvalidArgument for a variable that is not set."""
+    out: dict[str, Caller] = {}
+    for key in settings.keys:
+        digest = key.sha256
+        if key.env:
+            secret = env.get(key.env, "")
+            if not secret:
+                raise InvalidArgument(f"infermux.keys {key.name!r}: the environment variable {key.env} is not set")
+            digest = hashlib.sha256(secret.encode()).hexdigest()
+        out[digest] = Caller(key=key.name, team=key.team, project=key.project)
+    return out
+
+
+def names_of(settings: InferMuxSettings) -> dict[str, str]:
+    """What may be asked for -> whose it is: providers' models, then groups and aliases."""
+    out: dict[str, str] = {}
+    for provider in settings.asked:
+        for name in (*provider.models, *provider.aliases):
+            out.setdefault(name, provider.name)
+    for name in settings.names():
+        out.setdefault(name, "infermux")
+    return out
