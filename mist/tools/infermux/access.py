@@ -1,17 +1,18 @@
-"""Who may ask: API keys as Bearer tokens, the token of the management routes, and what headers say of the caller.
+"""Who may come through a door: API keys as Bearer tokens, the token of the management routes, and what headers say of the caller.
 
 Promises: without keys everybody may ask, and says by header who that is; with keys nobody without one, and a key's name,
-team and project cannot be overridden by a header, because budgets hang on them. Secrets are kept as digests and looked up by
-these, so that the time of a comparison says nothing. Does not: make keys, or keep them; they come from the environment.
+team and project cannot be overridden by a header, because budgets hang on them. The token is kept as a digest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Mapping
 
 from mist.errors import NotAuthorised, Refused
 from mist.tools.infermux.chat import Caller
+from mist.tools.infermux.keys import Keys
 
 LABEL_CHARS_MAX = 128
 Named = Mapping[bytes, bytes]
@@ -19,45 +20,37 @@ Named = Mapping[bytes, bytes]
 
 
 class Access:
-    """`keys`: the SHA-256 of a key (hex) -> who has it."""
+    """`keys` of the settings; the token of the management routes, if there is one."""
 
-    def __init__(self, keys: Mapping[str, Caller] | None = None, *, management_token: str = "") -> None:
-        self._keys = dict(keys or {})
+    def __init__(self, keys: Keys | None = None, *, management_token: str = "") -> None:
+        self._keys = keys if keys is not None and keys.needed else None
         self._management = _digest(management_token.encode()) if management_token else None
 
     @property
     def open(self) -> bool:
         """Whether anybody may ask."""
-        return not self._keys
+        return self._keys is None
 
     def who(self, headers: Named) -> Caller:
         """Raises NotAuthorised."""
         project, env = _label(headers, b"x-infermux-project"), _label(headers, b"x-infermux-env")
-        if not self._keys:
-            name = _label(headers, b"x-infermux-caller")
-            return Caller(key=name, project=project, env=env) if name or project or env else _NOBODY
-        found = self._keys.get(_digest(_token(headers)))
-        if found is None:
-            raise NotAuthorised(
-                "no such API key" if _token(headers) else "an API key is needed", hint="Authorization: Bearer KEY"
-            )
-        if not (project or env):
-            return found
-        return Caller(key=found.key, team=found.team, project=found.project or project, env=found.env or env)
+        if self._keys is not None:
+            return self._keys.caller(_token(headers).decode("latin-1"), project=project, env=env)
+        name = _label(headers, b"x-infermux-caller")
+        return Caller(key=name, project=project, env=env) if name or project or env else _NOBODY
 
     def look(self, headers: Named) -> None:
         """May these see figures: the management token, or where there is none any key. Raises NotAuthorised."""
-        if self._management is not None and _digest(_token(headers)) == self._management:
-            return
-        if self._management is not None:
+        if self._management is None:
+            self.who(headers)
+        elif not hmac.compare_digest(_digest(_token(headers)), self._management):
             raise NotAuthorised("the management token is needed", hint="Authorization: Bearer TOKEN")
-        self.who(headers)
 
     def manage(self, headers: Named) -> None:
         """May these switch circuits: the management token alone. Raises NotAuthorised, Refused."""
         if self._management is None:
             raise Refused("no management token is set", hint="INFERMUX_MANAGEMENT_TOKEN in the router's environment")
-        if _digest(_token(headers)) != self._management:
+        if not hmac.compare_digest(_digest(_token(headers)), self._management):
             raise NotAuthorised("the management token is needed", hint="Authorization: Bearer TOKEN")
 
 

@@ -20,37 +20,42 @@ Does not: TLS, CORS (a browser of another origin gets nothing it may read).
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from mist import __version__
-from mist.errors import InvalidArgument, MistError, NotFound
+from mist.errors import Internal, InvalidArgument, MistError, NotFound
+from mist.kit.http1 import Door, Exchange, Headers, Respond
 from mist.kit.server import App, Receive, Scope, Send
 from mist.protocol.payloads import InferRequest
 from mist.tools.infermux import openai_api
-from mist.tools.infermux.access import Access
-from mist.tools.infermux.calls import Calls, Streaming
+from mist.tools.infermux.access import Access, Named
+from mist.tools.infermux.calls import Calls
 from mist.tools.infermux.chat import Json
 from mist.tools.infermux.envelopes import question, response_payload
 from mist.tools.infermux.openai_api import BadBody, Events, error_body, now_s, said
+from mist.tools.infermux.routed import Routed, RoutedEmbeddings, Way
 from mist.transport.body import Answer, Gone, Intake, Limits, Request
 
-if TYPE_CHECKING:
-    from mist.tools.infermux.router import Routed
+_log = logging.getLogger("mist.tools.infermux.api")
 
 KEEP_ALIVE_S = 10.0
 """Silence of a stream after which a comment goes out."""
 BODY_BYTES_MAX = 32 * 1024 * 1024
 REQUEST_ID_CHARS_MAX = 128
-LIMITS = Limits(body_bytes_max=BODY_BYTES_MAX, inflight_requests_max=4096)
+LIMITS = Limits(body_bytes_max=BODY_BYTES_MAX, inflight_requests_max=1024)
 
 _encode = msgspec.json.Encoder().encode
 _infer_request = msgspec.json.Decoder(InferRequest).decode
 Pairs = list[tuple[bytes, bytes]]
+Reply = tuple[int, bytes, Pairs]
+"""Status, body, headers but the length."""
+Reading = Callable[..., openai_api.Question]
 _JSON = (b"content-type", b"application/json")
 _SSE: Pairs = [
     (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
@@ -58,73 +63,27 @@ _SSE: Pairs = [
 ]  # fmt: skip
 
 
-class Http:
-    """One request and its answer."""
+class Asked:
+    """A request, its body through."""
 
-    __slots__ = ("_receive", "_send", "body", "headers", "method", "path", "query", "request_id", "started")
+    __slots__ = ("body", "headers", "path", "query")
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.query: bytes = scope.get("query_string", b"")
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.body = b""
-        self.request_id = self.headers.get(b"x-request-id", b"")[:REQUEST_ID_CHARS_MAX]
-        self.started = False
-        self._receive = receive
-        self._send = send
+    def __init__(self, path: str, query: bytes, headers: Named, body: bytes) -> None:
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body = body
 
     @property
     def traceparent(self) -> str:
-        return self.headers.get(b"traceparent", b"").decode("latin-1")
-
-    async def read(self, request: Request) -> None:
-        """The body. Raises as Request does."""
-        self.body = await request.read(self.headers, self._receive)
-
-    async def answer(self, status: int, body: bytes, headers: Pairs) -> None:
-        self.started = True
-        if self.request_id:
-            headers.append((b"x-request-id", self.request_id))
-        headers.append((b"content-length", b"%d" % len(body)))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": b"" if self.method == "HEAD" else body})
-
-    async def begin(self, headers: Pairs) -> None:
-        self.started = True
-        if self.request_id:
-            headers.append((b"x-request-id", self.request_id))
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def piece(self, data: bytes, more: bool = True) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-    @asynccontextmanager
-    async def there(self) -> AsyncIterator[None]:
-        """The block is cancelled when the client leaves, and raises Gone then."""
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a server runs apps in tasks
-        gone = False
-
-        async def watch() -> None:
-            nonlocal gone
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            gone = True
-            task.cancel()
-
-        watching = asyncio.create_task(watch())
-        try:
-            yield
-        except asyncio.CancelledError:
-            if gone and task.uncancel() == 0:
-                raise Gone from None
-            raise
-        finally:
-            watching.cancel()
+        found = self.headers.get(b"traceparent")
+        return found.decode("latin-1") if found else ""
 
 
-Route = Callable[[Http], Awaitable[None]]
+Route = Callable[[Asked], Awaitable[Reply]]
+Stream = Callable[[Asked, "Pieces"], Awaitable[bool]]
+"""Answers in pieces, or says that none are wanted. Raises before the first of them what is to be an answer of its own."""
+Form = Callable[[MistError], bytes]
 
 
 class Api:
@@ -153,211 +112,371 @@ class Api:
         self._facts = facts
 
     def doors(self) -> dict[str, App]:
+        def post(path: str, route: Route, form: Form, stream: Stream | None = None) -> Post:
+            return Post(path, route, form, self._intake, stream)
+
         return {
-            "/v1/chat/completions": self._openai(self._chat),
-            "/v1/completions": self._openai(self._completion),
-            "/v1/embeddings": self._openai(self._embeddings),
-            "/v1/models": self._openai(self._models, "GET"),
-            "/v1/models/": self._openai(self._model, "GET"),
-            "/infer": self._ours(self._infer),
-            "/providers": self._ours(self._providers, "GET"),
+            "/v1/chat/completions": post("/v1/chat/completions", self._chat, error_body, self._chat_stream),
+            "/v1/completions": post("/v1/completions", self._completion, error_body, self._completion_stream),
+            "/v1/embeddings": post("/v1/embeddings", self._embeddings, error_body),
+            "/v1/models": get(self._models, error_body),
+            "/v1/models/": get(self._model, error_body),
+            "/infer": post("/infer", self._infer, flat_error),
+            "/providers": get(self._providers, flat_error),
             "/_infermux/": self._management,
         }
 
     # ------------------------------------------------------------------ OpenAI's routes
 
-    async def _chat(self, http: Http) -> None:
-        asked = openai_api.chat(
-            http.body, caller=self.access.who(http.headers), meta={}, traceparent=http.traceparent
-        )
-        if asked.stream:
-            await self._stream(http, asked, text=False)
-            return
-        async with http.there():
-            request, routed = await self.calls.complete(asked.request)
-        body = openai_api.chat_completion(routed.reply, request.id, now_s())
-        await http.answer(200, body, [_JSON, *about(routed)])
+    def _read(self, read: Reading, asked: Asked) -> openai_api.Question:
+        question = read(asked.body, caller=self.access.who(asked.headers), meta={}, traceparent=asked.traceparent)
+        if question.stream and not openai_api.wants_stream(asked.body):
+            raise BadBody("write `stream` without escapes", param="stream")
+        return question
 
-    async def _completion(self, http: Http) -> None:
-        asked = openai_api.completion(
-            http.body, caller=self.access.who(http.headers), meta={}, traceparent=http.traceparent
-        )
-        if asked.stream:
-            await self._stream(http, asked, text=True)
-            return
-        async with http.there():
-            request, routed = await self.calls.complete(asked.request)
-        body = openai_api.text_completion(routed.reply, request.id, now_s())
-        await http.answer(200, body, [_JSON, *about(routed)])
+    async def _chat(self, asked: Asked) -> Reply:
+        request, routed = await self.calls.complete(self._read(openai_api.chat, asked).request)
+        return 200, openai_api.chat_completion(routed.reply, request.id, now_s()), [_JSON, *about(routed)]
 
-    async def _stream(self, http: Http, asked: openai_api.Asked, *, text: bool) -> None:
-        loop = asyncio.get_running_loop()
-        quiet_since = loop.time()
+    async def _completion(self, asked: Asked) -> Reply:
+        request, routed = await self.calls.complete(self._read(openai_api.completion, asked).request)
+        return 200, openai_api.text_completion(routed.reply, request.id, now_s()), [_JSON, *about(routed)]
 
-        async def keep_alive(streaming: Streaming) -> None:
-            nonlocal quiet_since
-            while True:
-                left = quiet_since + self._keep_alive_s - loop.time()
-                if left > 0:
-                    await asyncio.sleep(left)
-                    continue
-                if not http.started:
-                    await http.begin([*_SSE, *known(streaming.known())])
-                quiet_since = loop.time()
-                await http.piece(openai_api.KEEP_ALIVE)
+    async def _chat_stream(self, asked: Asked, out: Pieces) -> bool:
+        return await self._stream(self._read(openai_api.chat, asked), out, text=False)
 
-        async with http.there():
-            try:
-                async with self.calls.streaming(asked.request) as streaming:
-                    events = Events(streaming.request.id, now_s(), include_usage=asked.include_usage, text=text)
-                    ticking = asyncio.create_task(keep_alive(streaming))
-                    try:
-                        async for chunk in streaming.chunks:
-                            data = events.chunk(chunk)
-                            if not http.started:
-                                await http.begin([*_SSE, *known(streaming.known())])
-                            if data:
-                                quiet_since = loop.time()
-                                await http.piece(data)
-                    finally:
-                        ticking.cancel()
-            except MistError as exc:
-                if not http.started:
-                    raise
-                await http.piece(events.error(exc), more=False)
-                return
-            routed = streaming.known()
-            if not http.started:
-                await http.begin([*_SSE, *known(routed)])
-            usage = routed.reply.usage if routed is not None else openai_api.Usage()
-            await http.piece(events.end(usage, summary(routed) if routed is not None else {}), more=False)
+    async def _completion_stream(self, asked: Asked, out: Pieces) -> bool:
+        return await self._stream(self._read(openai_api.completion, asked), out, text=True)
 
-    async def _embeddings(self, http: Http) -> None:
-        asked = openai_api.embedding(http.body)
-        caller = self.access.who(http.headers)
-        async with http.there():
-            found = await self.calls.embed(asked.model, asked.texts, asked.params, caller, http.traceparent)
-        await http.answer(200, openai_api.embeddings(found.embeddings, as_base64=asked.base64), [_JSON, *about(found)])
+    async def _stream(self, question: openai_api.Question, out: Pieces, *, text: bool) -> bool:
+        if not question.stream:
+            return False
+        silence = _Silence(out, self._keep_alive_s)
+        try:
+            async with silence, self.calls.streaming(question.request) as streaming:
+                events = Events(streaming.request.id, now_s(), include_usage=question.include_usage, text=text)
+                await out.begin([*_SSE, *known(streaming.known())])
+                async for chunk in streaming.chunks:
+                    if data := events.chunk(chunk):
+                        silence.broken()
+                        await out.piece(data)
+                routed = streaming.known()
+        except MistError as exc:
+            if not out.started:
+                raise
+            await out.piece(b"data: %b\n\n" % error_body(exc), more=False)
+            return True
+        await out.piece(events.end(routed.reply.usage, summary(routed)), more=False)
+        return True
 
-    async def _models(self, http: Http) -> None:
-        self.access.who(http.headers)
-        await http.answer(200, openai_api.models(self._names()), [_JSON])
+    async def _embeddings(self, asked: Asked) -> Reply:
+        caller = self.access.who(asked.headers)
+        wanted = openai_api.embedding(asked.body)
+        found = await self.calls.embed(wanted.model, wanted.texts, wanted.params, caller, asked.traceparent)
+        return 200, openai_api.embeddings(found.embeddings, as_base64=wanted.base64), [_JSON, *about(found)]
 
-    async def _model(self, http: Http) -> None:
-        self.access.who(http.headers)
-        name = http.path.removeprefix("/v1/models/")
+    async def _models(self, asked: Asked) -> Reply:
+        self.access.who(asked.headers)
+        return 200, openai_api.models(self._names()), [_JSON]
+
+    async def _model(self, asked: Asked) -> Reply:
+        self.access.who(asked.headers)
+        name = asked.path.removeprefix("/v1/models/")
         names = self._names()
         if name not in names:
             raise NotFound(f"no model {name[:80]!r}", hint=f"known: {', '.join(names)}")
-        await http.answer(200, openai_api.model(name, names[name]), [_JSON])
+        return 200, openai_api.model(name, names[name]), [_JSON]
 
     # ------------------------------------------------------------------ the seed's
 
-    async def _infer(self, http: Http) -> None:
+    async def _infer(self, asked: Asked) -> Reply:
+        caller = self.access.who(asked.headers)
         try:
-            payload = _infer_request(http.body)
+            payload = _infer_request(asked.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise BadBody(f"not an infer request: {exc}") from exc
-        asked = question(payload)
-        caller = self.access.who(http.headers)
-        asked = msgspec.structs.replace(asked, caller=caller, traceparent=http.traceparent)
-        async with http.there():
-            request, routed = await self.calls.complete(asked)
-        await http.answer(200, _encode(response_payload(request, routed)), [_JSON, *about(routed)])
+        wanted = msgspec.structs.replace(question(payload), caller=caller, traceparent=asked.traceparent)
+        request, routed = await self.calls.complete(wanted)
+        return 200, _encode(response_payload(request, routed)), [_JSON, *about(routed)]
 
-    async def _providers(self, http: Http) -> None:
-        self.access.who(http.headers)
-        found = [{"name": state.name, "models": list(state.models)} for state in self.calls.router.providers()]
-        await http.answer(200, _encode({"providers": found}), [_JSON])
-
-    # ------------------------------------------------------------------ what they share
-
-    def _openai(self, route: Route, method: str = "POST") -> App:
-        return self._door(route, method, _openai_error)
-
-    def _ours(self, route: Route, method: str = "POST") -> App:
-        return self._door(route, method, _flat_error)
-
-    def _door(self, route: Route, method: str, form: Callable[[MistError], bytes]) -> App:
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            http = Http(scope, receive, send)
-            try:
-                if http.method != method and not (method == "GET" and http.method == "HEAD"):
-                    error = InvalidArgument(f"{http.method} is not served at {http.path}", hint=method)
-                    raise Answer(405, error, ((b"allow", method.encode()),))
-                with self._intake.request() as request:  # under way until it is answered
-                    if method == "POST":
-                        await http.read(request)
-                    await route(http)
-            except Gone:
-                return
-            except Answer as exc:
-                await http.answer(exc.status, form(exc.error), [_JSON, *exc.headers])
-            except MistError as exc:
-                if http.started:
-                    raise
-                await http.answer(said(exc).status, form(exc), [_JSON, *blame(exc)])
-
-        return app
+    async def _providers(self, asked: Asked) -> Reply:
+        self.access.who(asked.headers)
+        found = [{"name": state.name, "models": [m.model for m in state.models]} for state in self.calls.router.providers()]
+        return 200, _encode({"providers": found}), [_JSON]
 
     # ------------------------------------------------------------------ management
 
     async def _management(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts = scope["path"].removeprefix("/_infermux/").split("/")
         if parts == ["metrics"] and self._metrics is not None:
-            self.access.look(dict(scope["headers"]))
             await self._metrics(scope, receive, send)
         elif len(parts) == 4 and parts[0] == "providers" and parts[2] == "circuit":
-            await self._ours(self._circuit)(scope, receive, send)
+            await Post(scope["path"], self._circuit, flat_error, self._intake)(scope, receive, send)
         else:
-            await self._ours(self._figures, "GET")(scope, receive, send)
+            await get(self._figures, flat_error)(scope, receive, send)
 
-    async def _figures(self, http: Http) -> None:
-        what = http.path.removeprefix("/_infermux/")
+    async def _figures(self, asked: Asked) -> Reply:
+        what = asked.path.removeprefix("/_infermux/")
         if what == "health":
-            await http.answer(200, b'{"status":"ok"}', [_JSON])
-            return
-        self.access.look(http.headers)
+            return 200, b'{"status":"ok"}', [_JSON]
+        self.access.look(asked.headers)
         if what == "status":
             found: Any = self._status()
         elif what == "providers":
-            found = [self._provider(state) for state in self.calls.router.providers()]
+            found = [msgspec.to_builtins(state) for state in self.calls.router.providers()]
         elif what.partition("/")[0] == "costs" and self._costs is not None:
-            found = await self._costs(what, http.query)
+            found = await self._costs(what, asked.query)
         else:
-            raise NotFound(f"nothing is served at {http.path}", hint="health, status, providers, costs, metrics")
-        await http.answer(200, _encode(found), [_JSON])
+            raise NotFound(f"nothing is served at {asked.path}", hint="health, status, providers, costs, metrics")
+        return 200, _encode(found), [_JSON]
 
     def _status(self) -> Json:
         states = self.calls.router.providers()
         calls, failed = self.calls.last_minute()
         return {
             "version": __version__,
-            "providers_healthy": sum(state.breaker != "open" for state in states),
+            "uptime_seconds": int(self.calls.uptime_s()),
+            "providers_healthy": sum(state.healthy for state in states),
             "providers_total": len(states),
             "requests_total": self.calls.requests,
             "requests_last_minute": calls,
             "errors_last_minute": failed,
-            "under_way": self.calls.under_way,
             **self._facts(),
         }
 
-    def _provider(self, state: Any) -> Json:
-        return dict(msgspec.to_builtins(state))
-
-    async def _circuit(self, http: Http) -> None:
-        self.access.manage(http.headers)
-        _, name, _, action = http.path.removeprefix("/_infermux/").split("/")
+    async def _circuit(self, asked: Asked) -> Reply:
+        self.access.manage(asked.headers)
+        _, name, _, action = asked.path.removeprefix("/_infermux/").split("/")
         if action not in ("open", "close", "reset"):
             raise NotFound(f"no such switch: {action[:40]!r}", hint="open, close or reset")
         self.calls.router.circuit(name, action)
-        state = next(s for s in self.calls.router.providers() if s.name == name)
-        await http.answer(200, _encode(self._provider(state)), [_JSON])
+        return 200, _encode([s for s in self.calls.router.providers() if s.name == name]), [_JSON]
 
 
-def about(routed: Routed) -> Pairs:
+# ---------------------------------------------------------------------------- doors
+
+
+class Post(Door):
+    """`POST path`: an ASGI app, and the door of mist.kit.http1, which spares an answer in one piece what ASGI costs."""
+
+    def __init__(self, path: str, route: Route, form: Form, intake: Intake, stream: Stream | None = None) -> None:
+        self.path = path
+        self.intake = intake
+        self.body_s_max = intake.limits.read_timeout_s
+        self.streams = stream is not None
+        self._route = route
+        self._stream = stream
+        self._form = form
+
+    def direct(self, path: str) -> Door | None:
+        return self if path == self.path else None
+
+    def begin(self, method: bytes, headers: Headers) -> Exchange:
+        if method != b"POST":
+            raise wrong_method(method.decode("latin-1"), self.path, "POST")
+        return _Direct(self, dict(headers))
+
+    async def answer(self, asked: Asked) -> Reply:
+        """The answer of the route, an error among them. Raises what is no error of ours."""
+        try:
+            status, body, more = await self._route(asked)
+        except MistError as exc:
+            status, body, more = self.refused(exc)
+        if request_id := asked.headers.get(b"x-request-id"):
+            more.append((b"x-request-id", request_id[:REQUEST_ID_CHARS_MAX]))
+        return status, body, more
+
+    def refused(self, error: MistError) -> Reply:
+        return said(error).status, self._form(error), [_JSON, *blame(error)]
+
+    def refusal(self, error: Exception, headers: Headers) -> Reply:
+        if isinstance(error, Answer):
+            return error.status, self._form(error.error), [_JSON, *error.headers]
+        if isinstance(error, MistError):
+            return self.refused(error)
+        _log.error("POST %s failed", self.path, exc_info=error)
+        return self.refused(Internal(f"the server failed: {type(error).__name__}"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        out = Pieces(send, headers)
+        try:
+            if scope["method"] != "POST":
+                raise wrong_method(scope["method"], self.path, "POST")
+            with self.intake.request() as request:  # under way until it is answered
+                asked = Asked(scope["path"], scope.get("query_string", b""), headers, await request.read(headers, receive))
+                async with there(receive):
+                    if self._stream is not None and openai_api.wants_stream(asked.body) and await self._stream(asked, out):
+                        return
+                    found = await self.answer(asked)
+        except Gone:
+            return
+        except Exception as exc:
+            if out.started:
+                raise  # half an answer is out: only closing the connection tells the client
+            found = self.refusal(exc, [])
+        await _send(send, found)
+
+
+class _Direct(Exchange):
+    """A request that comes without ASGI."""
+
+    __slots__ = ("_door", "_named", "_request", "_task")
+
+    def __init__(self, door: Post, named: dict[bytes, bytes]) -> None:
+        self._door = door
+        self._named = named
+        self._task: asyncio.Task[None] | None = None
+        self._request: Request | None = door.intake.enter()
+        try:
+            self._request.begin(named)
+        except BaseException:
+            self.left()
+            raise
+
+    def feed(self, data: bytes) -> None:
+        if self._request is not None:
+            self._request.feed(data)
+
+    def end(self, respond: Respond) -> bytes | None:
+        if self._request is None:
+            return None
+        body = self._request.end()
+        if self._door.streams and openai_api.wants_stream(body):
+            # the app reads it as it would have come: what was packed is not packed any more
+            self._named.pop(b"content-encoding", None)
+            return body
+        self._task = asyncio.get_running_loop().create_task(self._work(body, respond))
+        return None
+
+    async def _work(self, body: bytes, respond: Respond) -> None:
+        try:
+            found = await self._door.answer(Asked(self._door.path, b"", self._named, body))
+        except Exception as exc:
+            found = self._door.refusal(exc, [])
+        respond(*found)
+
+    def left(self) -> None:
+        if self._task is not None:  # it is done, or its client is gone
+            self._task.cancel()
+        request, self._request = self._request, None
+        if request is not None:
+            self._door.intake.leave(request)
+
+
+class Pieces:
+    """An answer in pieces."""
+
+    def __init__(self, send: Send, headers: Named) -> None:
+        self.started = False
+        self._send = send
+        self._headers = headers
+
+    async def begin(self, headers: Pairs) -> None:
+        """Idempotent."""
+        if self.started:
+            return
+        self.started = True
+        if request_id := self._headers.get(b"x-request-id"):
+            headers.append((b"x-request-id", request_id[:REQUEST_ID_CHARS_MAX]))
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def piece(self, data: bytes, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+class _Silence:
+    """While the block runs, a comment goes out whenever nothing else has for so long."""
+
+    def __init__(self, out: Pieces, most_s: float) -> None:
+        self._out = out
+        self._most_s = most_s
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+        self._task: asyncio.Task[None] | None = None
+
+    def broken(self) -> None:
+        self._since = self._loop.time()
+
+    async def __aenter__(self) -> None:
+        self._task = self._loop.create_task(self._watch())
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            left = self._since + self._most_s - self._loop.time()
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            await self._out.begin(list(_SSE))
+            self.broken()
+            await self._out.piece(openai_api.KEEP_ALIVE)
+
+
+@asynccontextmanager
+async def there(receive: Receive) -> AsyncIterator[None]:
+    """The block is cancelled when the client leaves, and raises Gone then."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - a server runs apps in tasks
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise Gone from None
+        raise
+    finally:
+        watching.cancel()
+
+
+def get(route: Route, form: Form) -> App:
+    """`GET` and `HEAD`."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["method"] not in ("GET", "HEAD"):
+                raise wrong_method(scope["method"], scope["path"], "GET")
+            asked = Asked(scope["path"], scope.get("query_string", b""), dict(scope["headers"]), b"")
+            found = await route(asked)
+        except Answer as exc:
+            found = exc.status, form(exc.error), [_JSON, *exc.headers]
+        except MistError as exc:
+            found = said(exc).status, form(exc), [_JSON, *blame(exc)]
+        await _send(send, found, head=scope["method"] == "HEAD")
+
+    return app
+
+
+async def _send(send: Send, found: Reply, *, head: bool = False) -> None:
+    status, body, headers = found
+    headers = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if head else body})
+
+
+def wrong_method(method: str, path: str, right: str) -> Answer:
+    error = InvalidArgument(f"{method} is not served at {path}", hint=right)
+    return Answer(405, error, ((b"allow", right.encode()),))
+
+
+# ---------------------------------------------------------------------------- what is said of an answer
+
+
+def about(routed: Routed | RoutedEmbeddings) -> Pairs:
     """The headers of an answer."""
-    usage = routed.reply.usage
+    usage = routed.reply.usage if isinstance(routed, Routed) else routed.embeddings.usage
     out = known(routed)
     out.append((b"x-infermux-latency-ms", b"%.3f" % (routed.latency_ns / 1e6)))
     if routed.cost_usd is not None:
@@ -369,10 +488,8 @@ def about(routed: Routed) -> Pairs:
     return out
 
 
-def known(routed: Routed | None) -> Pairs:
+def known(routed: Way) -> Pairs:
     """Those that are known before the answer is."""
-    if routed is None:
-        return []
     out = [(b"x-infermux-provider", _text(routed.provider)), (b"x-infermux-model", _text(routed.model))]
     for name, text in (
         (b"x-infermux-strategy", routed.strategy), (b"x-infermux-route-group", routed.group),
@@ -383,7 +500,7 @@ def known(routed: Routed | None) -> Pairs:
     return out
 
 
-def summary(routed: Routed) -> Json:
+def summary(routed: Way) -> Json:
     """What a stream's last event says beside its usage."""
     return {
         "provider": routed.provider, "model": routed.model, "strategy": routed.strategy, "group": routed.group,
@@ -403,11 +520,7 @@ def blame(error: MistError) -> Pairs:
     return out
 
 
-def _openai_error(error: MistError) -> bytes:
-    return error_body(error)
-
-
-def _flat_error(error: MistError) -> bytes:
+def flat_error(error: MistError) -> bytes:
     return _encode(error.to_wire())
 
 

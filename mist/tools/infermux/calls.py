@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -27,9 +27,10 @@ from mist.protocol.tracecontext import TraceContext, new_trace, parse_traceparen
 from mist.tools.infermux.chat import Caller, ChatRequest, Chunk, Json
 from mist.tools.infermux.envelopes import code_of, error_payload, response_payload, span_envelope
 from mist.tools.infermux.recorder import Recorder
+from mist.tools.infermux.routed import Routed, RoutedEmbeddings, Way
 
 if TYPE_CHECKING:
-    from mist.tools.infermux.router import Embedded, Routed, Router
+    from mist.tools.infermux.router import Router
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -61,21 +62,22 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     """What of a call is somebody else's to record: its request lies on the stream already, its answer will."""
 
     request: bool = True
+    started: bool = True
     response: bool = True
     asked: Envelope | None = None
     """The envelope the question came as."""
-    answer_id: str = ""
-    """The id its answer is given elsewhere, too."""
 
 
 ALL = Recording()
+SPAN = Recording(request=False, started=False, response=False)
+W = TypeVar("W", bound=Way)
 
 
 class Streaming:
-    """A call whose answer comes in pieces. `routed` once it is over; None when it failed before anybody answered."""
+    """A call whose answer comes in pieces. `known()` is its way, and what is known of the answer so far."""
 
-    def __init__(self, call: Call, chunks: AsyncIterator[Chunk], known: Callable[[], Routed | None]) -> None:
-        self.request = call.request
+    def __init__(self, request: ChatRequest, chunks: AsyncIterator[Chunk], known: Callable[[], Routed]) -> None:
+        self.request = request
         self.chunks = chunks
         self.known = known
 
@@ -98,6 +100,7 @@ class Calls:
         self.requests = 0
         self._clock = clock
         self._perf = perf
+        self._since_ns = perf()
         self._minute: deque[list[int]] = deque(maxlen=60)
         """Of the last seconds with calls: [second, calls, failures]."""
         metrics = metrics or Metrics()
@@ -111,8 +114,19 @@ class Calls:
     async def complete(self, request: ChatRequest, recording: Recording = ALL) -> tuple[ChatRequest, Routed]:
         """The request as it was asked (with its id), and what the router made of it. Raises what the router raises."""
         call = self._begin(request, recording, stream=False)
+        return call.request, await self._ended(call, self.router.complete(call.request))
+
+    async def embed(
+        self, model: str, texts: Sequence[str], params: Json, caller: Caller, traceparent: str = ""
+    ) -> RoutedEmbeddings:
+        """Of the record it gets the span alone: vectors are not for replay."""
+        request = ChatRequest(model=model, messages=(), caller=caller, traceparent=traceparent)
+        call = self._begin(request, SPAN, stream=False)
+        return await self._ended(call, self.router.embed(model, texts, params, caller))
+
+    async def _ended(self, call: Call, work: Awaitable[W]) -> W:
         try:
-            routed = await self.router.complete(call.request)
+            found = await work
         except MistError as exc:
             self._end(call, None, exc)
             raise
@@ -122,19 +136,20 @@ class Calls:
         except BaseException as exc:
             self._end(call, None, _bug(exc))
             raise
-        self._end(call, routed, None)
-        return call.request, routed
+        self._end(call, found, None)
+        return found
 
     @asynccontextmanager
     async def streaming(self, request: ChatRequest, recording: Recording = ALL) -> AsyncIterator[Streaming]:
         """As the router's; leaving the block early ends the call upstream, and records what was answered by then."""
         call = self._begin(request, recording, stream=True)
         error: MistError | None = None
-        known: Callable[[], Routed | None] = _nothing
+        known: Callable[[], Routed] | None = None
         try:
             async with self.router.streaming(call.request) as routing:
+                call.ttft_ns = self._perf() - call.began_ns  # the router has the first piece
                 known = routing.routed
-                yield Streaming(call, self._timed(call, routing.chunks), known)
+                yield Streaming(call.request, routing.chunks, known)
         except MistError as exc:
             error = exc
             raise
@@ -145,18 +160,9 @@ class Calls:
             error = _bug(exc)
             raise
         finally:
-            self._end(call, known(), error)
-
-    async def _timed(self, call: Call, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-        async for chunk in chunks:
-            if call.ttft_ns is None and (chunk.content or chunk.tool_calls or chunk.refusal):
-                call.ttft_ns = self._perf() - call.began_ns
-            yield chunk
-
-    async def embed(self, model: str, texts: Sequence[str], params: Json, caller: Caller, traceparent: str) -> Embedded:
-        """Counted like any call; of the record it gets the span alone, because vectors are not for replay."""
-        request = ChatRequest(model=model, messages=(), params={}, caller=caller, traceparent=traceparent)
-        return await self.router.embed(model, texts, params, request.caller)
+            if known is None and error is None:
+                error = Left("the stream was left before it began")
+            self._end(call, known() if known is not None else None, error)
 
     # the record
 
@@ -165,10 +171,11 @@ class Calls:
         self.under_way += 1
         if recording.request:
             self.recorder.request(call.request, recording.asked)
-        self.recorder.started(call.request, stream=stream)
+        if recording.started:
+            self.recorder.started(call.request, stream=stream)
         return call
 
-    def _end(self, call: Call, routed: Routed | None, error: MistError | None) -> None:
+    def _end(self, call: Call, way: Way | None, error: MistError | None) -> None:
         took_ns = self._perf() - call.began_ns
         end_ns = call.start_ns + took_ns
         request, recorder = call.request, self.recorder
@@ -180,24 +187,27 @@ class Calls:
         self._minute[-1][1] += 1
         self._minute[-1][2] += error is not None
         if call.recorded.response:
-            recorder.response(request, self.answer(request, routed, error, took_ns), call.recorded.answer_id)
+            routed = way if isinstance(way, Routed) else None
+            recorder.response(request, self._answer(request, routed, error, took_ns))
         recorder.span(
             span_envelope(
-                request, here=call.here, parent_id=call.parent_id, start_ns=call.start_ns, end_ns=end_ns, routed=routed,
+                request, here=call.here, parent_id=call.parent_id, start_ns=call.start_ns, end_ns=end_ns, way=way,
                 error=error, ttft_ns=call.ttft_ns, stream=call.stream,
             )  # fmt: skip
         )
-        provider = routed.provider if routed is not None else error.meta.get("provider", "") if error is not None else ""
-        model = routed.model if routed is not None else ""
-        self._total.add(provider=provider, model=model, status=code_of(error) if error is not None else "ok")
-        self._seconds.observe(took_ns / 1e9, provider=provider, model=model)
-        if routed is not None:
-            if routed.cost_usd is None:
+        provider = model = ""
+        if way is not None:
+            provider, model = way.provider, way.model
+            if way.cost_usd is None:
                 self._unpriced.add(provider=provider, model=model)
             else:
-                self._cost.add(routed.cost_usd, provider=provider, model=model)
+                self._cost.add(way.cost_usd, provider=provider, model=model)
+        elif error is not None:
+            provider = error.meta.get("provider", "")
+        self._total.add(provider=provider, model=model, status=code_of(error) if error is not None else "ok")
+        self._seconds.observe(took_ns / 1e9, provider=provider, model=model)
 
-    def answer(
+    def _answer(
         self, request: ChatRequest, routed: Routed | None, error: MistError | None, took_ns: int = 0
     ) -> InferResponse:
         """The answer as it is recorded. What came of a stream that broke is kept, and is no answer to replay."""
@@ -214,15 +224,14 @@ class Calls:
             request_key="", latency_ms=failed.latency_ms,
         )  # fmt: skip
 
+    def uptime_s(self) -> float:
+        return (self._perf() - self._since_ns) / 1e9
+
     def last_minute(self) -> tuple[int, int]:
         """Calls that ended in the last 60 seconds, and how many of them failed."""
         since = self._clock() // 1_000_000_000 - 60
         recent = [entry for entry in self._minute if entry[0] > since]
         return sum(e[1] for e in recent), sum(e[2] for e in recent)
-
-
-def _nothing() -> None:
-    return None
 
 
 def _bug(exc: BaseException) -> MistError:

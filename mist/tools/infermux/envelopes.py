@@ -8,7 +8,7 @@ here does I/O; the seed's keys are where the seed has them.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Raw, Struct
@@ -20,16 +20,15 @@ from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE, TRACE_SPAN, In
 from mist.protocol.payloads import ChatMessage as WireMessage
 from mist.protocol.tracecontext import TraceContext
 from mist.protocol.version import CURRENT
-from mist.tools.infermux.chat import Caller, ChatMessage, ChatRequest
+from mist.tools.infermux.chat import Caller, ChatMessage, ChatRequest, Usage
 from mist.tools.infermux.failures import ProviderError
 from mist.tools.infermux.recordings import key_of
-
-if TYPE_CHECKING:
-    from mist.tools.infermux.router import Routed
+from mist.tools.infermux.routed import Routed, RoutedEmbeddings, Way
 
 SOURCE = "infermux"
 INFER_STARTED = "infer.started"
 OPERATION = "infermux.infer"
+EMBEDDING = "infermux.embed"
 ERROR = "error"
 CALLER_META = "caller."
 """Beginning of the keys of `meta` that say who asks: `caller.key`, `caller.team`, `caller.project`, `caller.env`."""
@@ -160,9 +159,9 @@ def envelope(
     )  # fmt: skip
 
 
-def response_envelope(request: ChatRequest, payload: InferResponse, id: str = "") -> Envelope:
+def response_envelope(request: ChatRequest, payload: InferResponse) -> Envelope:
     return envelope(
-        INFER_RESPONSE, payload, id=id, answers=request.id, traceparent=request.traceparent, tenant=request.tenant
+        INFER_RESPONSE, payload, answers=request.id, traceparent=request.traceparent, tenant=request.tenant
     )
 
 
@@ -173,7 +172,7 @@ def span_envelope(
     parent_id: str,
     start_ns: int,
     end_ns: int,
-    routed: Routed | None,
+    way: Way | None,
     error: MistError | None,
     ttft_ns: int | None = None,
     stream: bool = False,
@@ -181,37 +180,8 @@ def span_envelope(
     """The span of a call. `model` is what was asked of the provider; what the caller wrote and what the provider says it
     was stand beside it where they differ. What is unknown is absent."""
     attrs: dict[str, Any] = {"model": request.model, "latency_ms": (end_ns - start_ns) / 1e6, "request_id": request.id}
-    if routed is not None:
-        reply, usage = routed.reply, routed.reply.usage
-        attrs["provider"] = routed.provider
-        attrs["model"] = routed.model
-        if routed.model != request.model:
-            attrs["model_requested"] = request.model
-        if reply.model and reply.model != routed.model:
-            attrs["model_answered"] = reply.model
-        for name, value in (
-            ("tokens_in", usage.tokens_in), ("tokens_out", usage.tokens_out), ("tokens_cached", usage.cached),
-            ("tokens_reasoning", usage.reasoning), ("cost_usd", routed.cost_usd),
-        ):  # fmt: skip
-            if value is not None:
-                attrs[name] = value
-        for name, text in (
-            ("price_version", routed.price_version), ("strategy", routed.strategy), ("group", routed.group),
-            ("budget_override", routed.budget_override),
-        ):  # fmt: skip
-            if text:
-                attrs[name] = text
-        if error is None:
-            attrs["finish_reason"] = reply.finish_reason
-        attrs["attempts"] = len(routed.attempts)
-        if len(routed.attempts) > 1:
-            attrs["tries"] = [
-                {
-                    "provider": a.provider, "model": a.model, "kind": a.kind, "status": a.status,
-                    "latency_ms": a.latency_ns / 1e6,
-                }
-                for a in routed.attempts
-            ]  # fmt: skip
+    if way is not None:
+        _add_way(attrs, request, way, failed=error is not None)
     if ttft_ns is not None:
         attrs["ttft_ms"] = ttft_ns / 1e6
     if stream:
@@ -227,7 +197,49 @@ def span_envelope(
         if "provider" not in attrs and isinstance(error, ProviderError) and error.provider:
             attrs["provider"] = error.provider
     span = TraceSpan(
-        trace_id=here.trace_id, span_id=here.span_id, parent_id=parent_id, operation=OPERATION, start_ns=start_ns,
+        trace_id=here.trace_id, span_id=here.span_id, parent_id=parent_id,
+        operation=EMBEDDING if isinstance(way, RoutedEmbeddings) else OPERATION, start_ns=start_ns,
         end_ns=end_ns, status="ok" if error is None else "error", attrs=attrs,
     )  # fmt: skip
     return envelope(TRACE_SPAN, span, answers=request.id, traceparent=str(here), tenant=request.tenant, time_ns=end_ns)
+
+
+def _add_way(attrs: dict[str, Any], request: ChatRequest, way: Way, *, failed: bool) -> None:
+    if isinstance(way, Routed):
+        usage, answered = way.reply.usage, way.reply.model
+        if not failed:
+            attrs["finish_reason"] = way.reply.finish_reason
+    elif isinstance(way, RoutedEmbeddings):
+        usage, answered = way.embeddings.usage, way.embeddings.model
+    else:
+        usage, answered = _UNKNOWN, ""
+    attrs["provider"] = way.provider
+    attrs["model"] = way.model
+    if way.model != request.model:
+        attrs["model_requested"] = request.model
+    if answered and answered != way.model:
+        attrs["model_answered"] = answered
+    for name, value in (
+        ("tokens_in", usage.tokens_in), ("tokens_out", usage.tokens_out), ("tokens_cached", usage.cached),
+        ("tokens_reasoning", usage.reasoning), ("cost_usd", way.cost_usd),
+    ):  # fmt: skip
+        if value is not None:
+            attrs[name] = value
+    for name, text in (
+        ("price_version", way.price_version), ("strategy", way.strategy), ("group", way.group),
+        ("budget_override", way.budget_override),
+    ):  # fmt: skip
+        if text:
+            attrs[name] = text
+    attrs["attempts"] = len(way.attempts)
+    if len(way.attempts) > 1:
+        attrs["tries"] = [
+            {
+                "provider": a.provider, "model": a.model, "kind": a.kind, "status": a.status,
+                "latency_ms": a.latency_ns / 1e6,
+            }
+            for a in way.attempts
+        ]  # fmt: skip
+
+
+_UNKNOWN = Usage()

@@ -11,6 +11,7 @@ Pure functions and values, no I/O.
 from __future__ import annotations
 
 import base64
+import re
 import time
 from array import array
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ class BadBody(InvalidArgument):
         self.param = param
 
 
-class Asked(NamedTuple):
+class Question(NamedTuple):
     """A question and what of the body is about the answer's form."""
 
     request: ChatRequest
@@ -69,7 +70,7 @@ class Asked(NamedTuple):
 # ---------------------------------------------------------------------------- bodies
 
 
-def chat(body: bytes, *, caller: Caller, meta: dict[str, str], id: str = "", traceparent: str = "") -> Asked:
+def chat(body: bytes, *, caller: Caller, meta: dict[str, str], id: str = "", traceparent: str = "") -> Question:
     """A body of `/v1/chat/completions`. Raises BadBody."""
     found = _object(body)
     messages = found.pop("messages", None)
@@ -83,7 +84,7 @@ def chat(body: bytes, *, caller: Caller, meta: dict[str, str], id: str = "", tra
     return _asked(found, _messages(messages), caller=caller, meta=meta, id=id, traceparent=traceparent)
 
 
-def completion(body: bytes, *, caller: Caller, meta: dict[str, str], id: str = "", traceparent: str = "") -> Asked:
+def completion(body: bytes, *, caller: Caller, meta: dict[str, str], id: str = "", traceparent: str = "") -> Question:
     """A body of the older `/v1/completions`: its prompt is one user's message. Raises BadBody."""
     found = _object(body)
     prompt = found.pop("prompt", None)
@@ -116,6 +117,14 @@ def embedding(body: bytes) -> EmbeddingBody:
     if form not in ("float", "base64"):
         raise BadBody(f"`encoding_format` {str(form)[:40]!r} is neither float nor base64", param="encoding_format")
     return EmbeddingBody(model, texts, {k: v for k, v in found.items() if v is not None}, form == "base64")
+
+
+def wants_stream(body: bytes) -> bool:
+    """Whether an answer in pieces may be wanted. Decoding says so for sure; this is for choosing the way to it."""
+    return b'"stream"' in body and _STREAMED.search(body) is not None
+
+
+_STREAMED = re.compile(rb'"stream"\s*:\s*true')
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def _asked(
     meta: dict[str, str],
     id: str,
     traceparent: str,
-) -> Asked:
+) -> Question:
     model = _model(found)
     stream = found.pop("stream", None)
     if stream is not None and stream.__class__ is not bool:
@@ -189,7 +198,7 @@ def _asked(
     request = ChatRequest(
         model=model, messages=messages, params=params, meta=meta, caller=caller, id=id, traceparent=traceparent
     )
-    return Asked(request, bool(stream), include_usage)
+    return Question(request, bool(stream), include_usage)
 
 
 # ---------------------------------------------------------------------------- answers
@@ -340,10 +349,6 @@ class Events:
         self._model = about.get("model") or self._model
         return self._event([], usage_of(usage), about) + DONE
 
-    def error(self, error: MistError) -> bytes:
-        """A failure in the middle: the official client raises it. No [DONE] follows: the answer is not whole."""
-        return b"data: %b\n\n" % error_body(error)
-
     def _event(self, choices: list[Any], usage: _Usage | None = None, about: Json | None = None) -> bytes:
         event: Json = {
             "id": self._id, "object": self._object, "created": self._created_s, "model": self._model, "choices": choices,
@@ -410,7 +415,8 @@ def said(error: MistError) -> Said:
 
 
 def error_body(error: MistError) -> bytes:
-    """OpenAI's error JSON."""
+    """OpenAI's error JSON. In the middle of a stream it is an event, which the official client raises; no [DONE] follows it:
+    the answer is not whole."""
     what = said(error)
     return _encode(
         {"error": {"message": str(error), "type": what.type, "param": error.meta.get("param"), "code": what.code}}

@@ -100,10 +100,10 @@ class Recorder:
                 ),
             )
 
-    def response(self, request: ChatRequest, payload: InferResponse, id: str = "") -> None:
+    def response(self, request: ChatRequest, payload: InferResponse) -> None:
         """An answer, made with this recorder's `capture`."""
         if self._infer is not None:
-            self._put(self._infer, response_envelope(request, payload, id))
+            self._put(self._infer, response_envelope(request, payload))
 
     def span(self, span: Envelope) -> None:
         if self._trace is not None:

@@ -7,14 +7,15 @@ or read settings from files; the caller hands them in.
 
 from __future__ import annotations
 
-import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
 from mist.broker.base import Stream
 from mist.errors import InvalidArgument
+from mist.kit.breaker import STATES
 from mist.kit.metrics import Metrics
 from mist.kit.server import App
 from mist.protocol.envelope import Envelope
@@ -22,8 +23,9 @@ from mist.tools.infermux.access import Access
 from mist.tools.infermux.api import Api
 from mist.tools.infermux.budgets import Ledger
 from mist.tools.infermux.calls import ALL, Calls
-from mist.tools.infermux.chat import Caller
+from mist.tools.infermux.figures import costs, month_of
 from mist.tools.infermux.handler import answered
+from mist.tools.infermux.keys import Keys
 from mist.tools.infermux.recorder import Recorder
 from mist.tools.infermux.router import Router
 from mist.tools.infermux.settings import InferMuxSettings
@@ -47,6 +49,7 @@ class InferMux:
         ledger: Ledger | None = None,
         metrics: Metrics | None = None,
         env: Mapping[str, str] = os.environ,
+        clock: Callable[[], int] = time.time_ns,
         say: Say = lambda _text: None,
     ) -> None:
         self.settings = settings
@@ -54,7 +57,8 @@ class InferMux:
         self.recorder = Recorder(infer, trace, capture=settings.capture, say=say)
         self.calls = Calls(router, self.recorder, metrics=metrics)
         self._ledger = ledger
-        self.access = Access(keys_of(settings, env), management_token=env.get(MANAGEMENT, ""))
+        self._clock = clock
+        self.access = Access(Keys(settings, env), management_token=env.get(MANAGEMENT, ""))
         metrics = metrics or Metrics()
         self._measure(metrics)
         self._api = Api(
@@ -83,16 +87,19 @@ class InferMux:
         }  # fmt: skip
 
     async def aclose(self, drain_s: float) -> None:
-        """Drain the record, close the providers."""
+        """Drain the record, close the providers and the ledger."""
         await self.recorder.aclose(drain_s)
         await self.router.aclose()
+        if self._ledger is not None:
+            await self._ledger.aclose()
 
     async def _costs(self, path: str, query: bytes) -> Any:
+        assert self._ledger is not None  # noqa: S101 - else the route is not there
         given = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
-        month = given.pop("period", "")
+        month = given.pop("period", "") or month_of(self._clock())
         if given:
             raise InvalidArgument(f"unknown parameter {next(iter(given))[:60]!r}", hint="period=YYYY-MM")
-        raise NotImplementedError
+        return await costs(self._ledger, self.settings, path, month)
 
     def _measure(self, metrics: Metrics) -> None:
         metrics.watch(
@@ -107,21 +114,11 @@ class InferMux:
         metrics.watch("infermux_records_pending", "Records that wait to be stored.", lambda: self.recorder.stats.pending)
 
     def _circuits(self) -> dict[tuple[str, ...], float]:
-        return {}
-
-
-def keys_of(settings: InferMuxSettings, env: Mapping[str, str]) -> dict[str, Caller]:
-    """SHA-256 of each key -> who has it. Raises InvalidArgument for a variable that is not set."""
-    out: dict[str, Caller] = {}
-    for key in settings.keys:
-        digest = key.sha256
-        if key.env:
-            secret = env.get(key.env, "")
-            if not secret:
-                raise InvalidArgument(f"infermux.keys {key.name!r}: the environment variable {key.env} is not set")
-            digest = hashlib.sha256(secret.encode()).hexdigest()
-        out[digest] = Caller(key=key.name, team=key.team, project=key.project)
-    return out
+        return {
+            (state.name, model.model): STATES.index(model.circuit)  # type: ignore[arg-type]
+            for state in self.router.providers()
+            for model in state.models
+        }
 
 
 def names_of(settings: InferMuxSettings) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mist.errors import MistError
 from mist.tools.infermux.chat import Caller, ChatRequest, Chunk, Embeddings, Json, Reply, Usage
-from mist.tools.infermux.router import Attempt, Embedded, ProviderState, Routed
+from mist.tools.infermux.routed import Attempt, ModelState, ProviderState, Routed, RoutedEmbeddings
 
 
 class FakeRouter:
@@ -36,24 +36,36 @@ class FakeRouter:
 
     @asynccontextmanager
     async def streaming(self, request: ChatRequest) -> AsyncIterator[Any]:
-        await asyncio.sleep(0)
-        call = _Call(self, request)
+        await self._come(request)
+        if self.error is not None and self.after == 0:
+            raise self.error
+        call = _Call(self)
         try:
             yield call
         except asyncio.CancelledError:
             self.left.set()
             raise
 
-    async def embed(self, model: str, texts: Sequence[str], params: Json, caller: Caller) -> Embedded:
+    async def embed(self, model: str, texts: Sequence[str], params: Json, caller: Caller) -> RoutedEmbeddings:
         if self.error is not None:
             raise self.error
         vectors = [[float(len(t)), 0.5] for t in texts]
-        return Embedded(
-            embeddings=Embeddings(vectors=vectors, model=model, usage=Usage(tokens_in=3)), provider="fake", model=model
-        )
+        embeddings = Embeddings(vectors=vectors, model=model, usage=Usage(tokens_in=3))
+        return RoutedEmbeddings(embeddings=embeddings, **self._way())
 
     def providers(self) -> list[ProviderState]:
-        return [ProviderState(name="fake", models=("m", "n"))]
+        models = [
+            ModelState(
+                model=m, circuit="closed", retry_after_s=0, cooling_s=0, latency_s=None, first_s=None, in_flight=0
+            )
+            for m in ("m", "n")
+        ]
+        return [
+            ProviderState(
+                name="fake", type="echo", healthy=True, models=models, in_flight=0, waiting=0, requests_headroom=None,
+                tokens_headroom=None,
+            )
+        ]  # fmt: skip
 
     def names(self) -> dict[str, str]:
         return {"m": "fake", "n": "fake", "auto": "infermux", "fast": "infermux"}
@@ -73,23 +85,24 @@ class FakeRouter:
             raise
 
     def _routed(self, reply: Reply) -> Routed:
-        return Routed(
-            reply=reply, provider="fake", model="m", strategy="priority", group="g", cost_usd=self.cost_usd,
-            price_version="p1", latency_ns=1_500_000,
-            attempts=[Attempt(provider="fake", model="m", kind="", status=200, latency_ns=1)],
-        )  # fmt: skip
+        return Routed(reply=reply, **self._way())
+
+    def _way(self) -> dict[str, Any]:
+        return {
+            "provider": "fake", "model": "m", "strategy": "priority", "group": "g", "cost_usd": self.cost_usd,
+            "price_version": "p1", "latency_ns": 1_500_000,
+            "attempts": [Attempt(provider="fake", model="m", kind="", status=200, latency_ns=1)],
+        }  # fmt: skip
 
 
 class _Call:
-    def __init__(self, router: FakeRouter, request: ChatRequest) -> None:
+    def __init__(self, router: FakeRouter) -> None:
         self._router = router
-        self._request = request
         self._out: list[Chunk] = []
         self.chunks = self._chunks()
 
     async def _chunks(self) -> AsyncIterator[Chunk]:
         router = self._router
-        await router._come(self._request)
         for at, chunk in enumerate(router.chunks if router.chunks is not None else pieces("one two three")):
             if router.error is not None and at >= router.after:
                 raise router.error
@@ -99,9 +112,7 @@ class _Call:
         if router.error is not None:
             raise router.error
 
-    def routed(self) -> Routed | None:
-        if not self._out:
-            return None
+    def routed(self) -> Routed:
         usage = next((c.usage for c in self._out if c.usage is not None), Usage())
         content = "".join(c.content for c in self._out)
         return self._router._routed(Reply(content=content, model="m-1", usage=usage))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +20,8 @@ from mist.tools.infermux.api import Api
 from mist.tools.infermux.calls import Calls
 from mist.tools.infermux.chat import Caller, Chunk, Reply, Usage
 from mist.tools.infermux.failures import ProviderError
+from mist.tools.infermux.keys import Keys
+from mist.tools.infermux.settings import InferMuxSettings, KeySettings
 
 from .fakes import FakeRouter
 
@@ -203,7 +204,8 @@ def test_keys() -> None:
 
     async def main() -> None:
         router = FakeRouter()
-        access = Access({hashlib.sha256(b"sk-1").hexdigest(): Caller(key="ci", team="t", project="p")})
+        settings = InferMuxSettings(keys=(KeySettings(name="ci", env="CI_KEY", team="t", project="p"),))
+        access = Access(Keys(settings, {"CI_KEY": "sk-1"}))
         async with client(router, key="sk-2", access=access) as ai:
             for call in (ai.chat.completions.create(model="m", messages=USER), ai.models.list()):
                 with pytest.raises(openai.AuthenticationError) as found:
