@@ -47,9 +47,11 @@ FULL: list[tuple[msgspec.Struct, str]] = [
     ),
     (
         p.InferResponse("m", "p", "c", None, None, None, 3, "stop", "k", "r", "m-2", [{"id": "c"}], "no", 1, 2, "v"),
-        '{"model":"m","provider":"p","content":"c","tokens_in":null,"tokens_out":null,"cost_usd":null,"latency_ms":3,'
-        '"finish_reason":"stop","request_key":"k","request_id":"r","answered_by":"m-2","tool_calls":[{"id":"c"}],'
-        '"refusal":"no","tokens_cached":1,"tokens_reasoning":2,"price_version":"v"}',
+        (
+            '{"model":"m","provider":"p","content":"c","tokens_in":null,"tokens_out":null,"cost_usd":null,"latency_ms":3,'
+            '"finish_reason":"stop","request_key":"k","request_id":"r","answered_by":"m-2","tool_calls":[{"id":"c"}],'
+            '"refusal":"no","tokens_cached":1,"tokens_reasoning":2,"price_version":"v"}'
+        ),
     ),
     (
         p.EvalRun("s", ["a"], True, "u", {"k": "v"}),
