@@ -202,6 +202,9 @@ class Recordings:
             self._db.execute("INSERT OR REPLACE INTO waiting VALUES (?, ?)", (envelope.id, bytes(envelope.payload)))
         elif envelope.type == INFER_RESPONSE:
             answer = envelope.decode(InferResponse)
+            if answer.error_code:  # a question that failed has no answer to give again
+                self.passed_over += 1
+                return
             keys = [answer.request_key] if answer.request_key else self._keys(envelope.correlation_id, answer)
             if not keys:
                 self.passed_over += 1
