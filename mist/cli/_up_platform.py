@@ -33,7 +33,8 @@ _access = logging.getLogger("mist.access")
 NAME = "mist"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 Tool = Callable[["Platform"], Awaitable[None]]
-Answerer = Callable[[Envelope], Awaitable[Envelope]]
+Answerer = Callable[[Envelope, Mapping[bytes, bytes]], Awaitable[Envelope]]
+"""What answers an envelope at the door, given its request's headers."""
 
 
 class Platform(Unit):
@@ -64,13 +65,13 @@ class Platform(Unit):
         self.answers = answers
         """Of all tools together: type of an envelope -> what answers one that comes alone to the door."""
 
-    def reply(self, envelope: Envelope) -> Envelope | Awaitable[Envelope] | None:
+    def reply(self, envelope: Envelope, headers: Mapping[bytes, bytes]) -> Envelope | Awaitable[Envelope] | None:
         """What an envelope is answered with instead of being stored: a `health.ping` with a `health.pong`, and what a tool
         has an answer for."""
         if envelope.type == HEALTH_PING:
             return self._health.pong(envelope)
         answer = self.answers.get(envelope.type)
-        return answer(envelope) if answer is not None else None
+        return answer(envelope, headers) if answer is not None else None
 
     def down(self, reason: str) -> None:
         super().down(reason)

@@ -53,9 +53,9 @@ _log = logging.getLogger("mist.transport.server")
 
 Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | Replies | None]]
 """Stores envelopes; returns when that is done, with their sequences where it has any. Or answers them."""
-Reply = Callable[[Envelope], Envelope | Awaitable[Envelope] | None]
-"""An answer to an envelope that came alone, now or later, or None: it is for the sink. What is awaited is cancelled when
-the client leaves."""
+Reply = Callable[[Envelope, Mapping[bytes, bytes]], Envelope | Awaitable[Envelope] | None]
+"""An answer to an envelope that came alone, with its request's headers, now or later; or None: it is for the sink. What is
+awaited is cancelled when the client leaves."""
 Read = Callable[[bytes, Mapping[bytes, bytes], Limits], tuple[list[Envelope], bool]]
 """The envelopes of a body, given its headers by lower-case name, and whether it was a single one, which is answered with
 an empty body. Raises ProtocolError, TooLarge."""
@@ -192,7 +192,7 @@ class Ingest(Door):
         if not envelopes:
             respond(202, b'{"accepted":0}', [_TYPE])
             return None
-        if single and self.reply is not None and (said := self.reply(envelopes[0])) is not None:
+        if single and self.reply is not None and (said := self.reply(envelopes[0], named)) is not None:
             if not isinstance(said, Envelope):
                 return asyncio.get_running_loop().create_task(self._answering(said, headers, respond))
             respond(200, codec.encode(said), [_TYPE])

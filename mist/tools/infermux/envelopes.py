@@ -8,7 +8,7 @@ here does I/O; the seed's keys are where the seed has them.
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
@@ -24,6 +24,7 @@ from mist.tools.infermux.chat import Caller, ChatMessage, ChatRequest, Usage
 from mist.tools.infermux.failures import ProviderError
 from mist.tools.infermux.recordings import key_of
 from mist.tools.infermux.routed import Routed, RoutedEmbeddings, Way
+from mist.tools.infermux.settings import Capture
 
 SOURCE = "infermux"
 INFER_STARTED = "infer.started"
@@ -33,7 +34,6 @@ ERROR = "error"
 CALLER_META = "caller."
 """Beginning of the keys of `meta` that say who asks: `caller.key`, `caller.team`, `caller.project`, `caller.env`."""
 
-Capture = Literal["full", "metadata", "none"]
 _VERSION = str(CURRENT)
 _SCALARS = (str, int, float, bool)
 

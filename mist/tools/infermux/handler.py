@@ -15,12 +15,14 @@ asks that provider again; the stream still gets one answer.
 
 from __future__ import annotations
 
+import msgspec
+
 from mist.client.handler import Handler
 from mist.errors import Internal, MistError, Unavailable
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE
 from mist.tools.infermux.calls import Calls, Recording
-from mist.tools.infermux.chat import ChatRequest
+from mist.tools.infermux.chat import Caller, ChatRequest
 from mist.tools.infermux.envelopes import SOURCE, chat_request, envelope, error_payload, response_payload
 from mist.tools.infermux.openai_api import said
 
@@ -35,11 +37,16 @@ def handler(calls: Calls, *, recording: Recording = Recording(response=False)) -
     return Handler(SOURCE, one, accepts=(INFER_REQUEST,))
 
 
-async def answered(calls: Calls, asked: Envelope, recording: Recording, *, errors: bool) -> Envelope:
-    """The `infer.response` to an `infer.request`. `errors`: failures that stay are answers, too; otherwise all are raised."""
+async def answered(
+    calls: Calls, asked: Envelope, recording: Recording, *, errors: bool, caller: Caller | None = None
+) -> Envelope:
+    """The `infer.response` to an `infer.request`. `errors`: failures that stay are answers, too; otherwise all are raised.
+    `caller` is who asks for sure, whatever the request says."""
     request = ChatRequest(model="", messages=(), id=asked.id, traceparent=asked.traceparent, tenant=asked.tenant)
     try:
         request = chat_request(asked)
+        if caller is not None:
+            request = msgspec.structs.replace(request, caller=caller)
         recording = Recording(request=recording.request, response=recording.response, asked=asked)
         request, routed = await calls.complete(request, recording)
     except Internal:

@@ -27,12 +27,12 @@ from mist.tools.infermux.chat import ChatRequest
 from mist.tools.infermux.envelopes import (
     INFER_STARTED,
     SOURCE,
-    Capture,
     InferStarted,
     envelope,
     request_payload,
     response_envelope,
 )
+from mist.tools.infermux.settings import Capture
 
 PENDING_MAX = 10_000
 PENDING_BYTES_MAX = 32 * 1024 * 1024

@@ -23,6 +23,7 @@ from mist.tools.infermux.access import Access
 from mist.tools.infermux.api import Api
 from mist.tools.infermux.budgets import Ledger
 from mist.tools.infermux.calls import ALL, Calls
+from mist.tools.infermux.chat import Caller
 from mist.tools.infermux.figures import costs, month_of
 from mist.tools.infermux.handler import answered
 from mist.tools.infermux.keys import Keys
@@ -59,24 +60,23 @@ class InferMux:
         self._ledger = ledger
         self._clock = clock
         self.access = Access(Keys(settings, env), management_token=env.get(MANAGEMENT, ""))
-        metrics = metrics or Metrics()
-        self._measure(metrics)
         self._api = Api(
             self.calls,
             access=self.access,
             limits=Limits(body_bytes_max=int(settings.body_bytes_max), inflight_requests_max=settings.requests_max),
             names=lambda: names_of(settings),
             costs=self._costs if ledger is not None else None,
-            metrics=metrics.pages()["/metrics"],
+            metrics=metrics.pages()["/metrics"] if metrics is not None else None,
             facts=self.facts,
         )
 
     def doors(self) -> dict[str, App]:
         return self._api.doors()
 
-    async def answer(self, asked: Envelope) -> Envelope:
+    async def answer(self, asked: Envelope, headers: Mapping[bytes, bytes]) -> Envelope:
         """The `infer.response` to an `infer.request` of a door. Raises what became of it instead."""
-        return await answered(self.calls, asked, ALL, errors=False)
+        caller = self.access.who(headers)
+        return await answered(self.calls, asked, ALL, errors=False, caller=caller if caller != Caller() else None)
 
     def facts(self) -> dict[str, Any]:
         """Counters of this process."""
@@ -101,24 +101,26 @@ class InferMux:
             raise InvalidArgument(f"unknown parameter {next(iter(given))[:60]!r}", hint="period=YYYY-MM")
         return await costs(self._ledger, self.settings, path, month)
 
-    def _measure(self, metrics: Metrics) -> None:
-        metrics.watch(
-            "infermux_circuit_state", "0 closed, 1 open, 2 half-open.", self._circuits, labels=("provider", "model")
-        )
-        metrics.watch("infermux_calls_under_way", "Calls.", lambda: self.calls.under_way)
-        metrics.watch(
-            "infermux_records_dropped_total", "Records that were not stored, by reason.",
-            lambda: {(reason,): float(number) for reason, number in self.recorder.dropped.items()},
-            labels=("reason",), kind="counter",
-        )  # fmt: skip
-        metrics.watch("infermux_records_pending", "Records that wait to be stored.", lambda: self.recorder.stats.pending)
-
-    def _circuits(self) -> dict[tuple[str, ...], float]:
+    def circuits(self) -> dict[tuple[str, ...], float]:
         return {
-            (state.name, model.model): STATES.index(model.circuit)  # type: ignore[arg-type]
+            (state.name, model.model): STATES.index(model.circuit)
             for state in self.router.providers()
             for model in state.models
         }
+
+
+def watch(metrics: Metrics, now: Callable[[], InferMux]) -> None:
+    """Show the one that works now as metrics, beside those that calls are counted by (calls.py)."""
+    metrics.watch(
+        "infermux_circuit_state", "0 closed, 1 open, 2 half-open.", lambda: now().circuits(), labels=("provider", "model")
+    )
+    metrics.watch("infermux_calls_under_way", "Calls.", lambda: now().calls.under_way)
+    metrics.watch(
+        "infermux_records_dropped_total", "Records that were not stored, by reason.",
+        lambda: {(reason,): float(number) for reason, number in now().recorder.dropped.items()},
+        labels=("reason",), kind="counter",
+    )  # fmt: skip
+    metrics.watch("infermux_records_pending", "Records that wait to be stored.", lambda: now().recorder.stats.pending)
 
 
 def names_of(settings: InferMuxSettings) -> dict[str, str]:

@@ -18,10 +18,11 @@ from mist.protocol.payloads import ChatMessage as WireMessage
 from mist.protocol.payloads import InferRequest, InferResponse, TraceSpan
 from mist.tools.infermux.calls import Calls, Recording
 from mist.tools.infermux.chat import Caller, ChatMessage, ChatRequest
-from mist.tools.infermux.envelopes import Capture, chat_request
+from mist.tools.infermux.envelopes import chat_request
 from mist.tools.infermux.failures import ProviderError
 from mist.tools.infermux.recorder import Recorder
 from mist.tools.infermux.recordings import key_of
+from mist.tools.infermux.settings import Capture
 
 from .fakes import FakeRouter
 
