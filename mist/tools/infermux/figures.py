@@ -30,6 +30,7 @@ async def costs(ledger: Ledger, settings: InferMuxSettings, what: str, month: st
     """`what` is the path behind `/_infermux/`. Raises NotFound, InvalidArgument."""
     if _MONTH.fullmatch(month) is None:
         raise InvalidArgument(f"period={month[:40]!r} is no month", hint="YYYY-MM")
+    await ledger.flush()
     if what == "costs":
         whole = await ledger.report(since=month, until=month)
         providers = await ledger.report("provider", since=month, until=month)
