@@ -72,7 +72,7 @@ class Providers:
         self.connections = 0
         self.open_connections = 0
         self.given_up = 0
-        """Connections the other side closed while an answer was under way."""
+        """Requests whose sender closed the connection before it had the answer."""
         self._next: deque[tuple[Fault, str]] = deque()
         self._always: dict[str, Fault] = {}
         self._answers: deque[Answer] = deque()
@@ -146,8 +146,10 @@ def run_providers(*, api_key: str = "sk-test-0123456789") -> Iterator[Providers]
             there.open_connections += 1
             try:
                 await _Connection(there, reader, writer).run()
+            except _HangUp:
+                pass  # what it was told to do
             except (ConnectionError, asyncio.IncompleteReadError):
-                pass  # the other side went
+                there.given_up += 1
             except asyncio.CancelledError:
                 if not stop.is_set():
                     raise
@@ -181,7 +183,7 @@ def run_providers(*, api_key: str = "sk-test-0123456789") -> Iterator[Providers]
         thread.join(10)
 
 
-class _HangUp(ConnectionError):
+class _HangUp(Exception):
     """Close, without another word."""
 
 
@@ -195,7 +197,7 @@ class _Connection:
         while True:
             try:
                 head = await self._reader.readuntil(b"\r\n\r\n")
-            except asyncio.IncompleteReadError:
+            except (asyncio.IncompleteReadError, ConnectionError):
                 return
             first, *lines = head.decode("latin-1").split("\r\n")
             method, path, _ = first.split(" ", 2)
@@ -349,8 +351,7 @@ class _Connection:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 if not await self._reader.read(1):
-                    self._there.given_up += 1
-                    raise _HangUp
+                    raise ConnectionResetError
 
 
 _LATER: frozenset[FaultName] = frozenset(

@@ -126,6 +126,7 @@ class Books:
         self._seen = -1
         """SQLite's number for what others have committed: while it stands, our cells are right."""
         self._ours: dict[str, Reservation] = {}
+        """Reservations as they lie in the file, as far as we know them."""
 
     @classmethod
     def open(cls, path: Path) -> Books:
@@ -172,6 +173,7 @@ class Books:
                 seen = int(self._db.execute("PRAGMA data_version").fetchone()[0])
                 if seen != self._seen or len(self._cells) > _CELLS_MAX:
                     self._cells.clear()
+                    self._ours.clear()
                     self._seen = seen
                 outcomes = [batch.run(operation) for operation in operations]
                 batch.write(self._db)
@@ -237,7 +239,7 @@ class _Batch:
         self._books = books
         self._changed: set[Cell] = set()
         self._new: dict[str, Reservation] = {}
-        self._gone: list[tuple[str]] = []
+        self._gone: set[str] = set()
         self._costs: defaultdict[tuple[str, ...], list[int]] = defaultdict(lambda: [0] * 6)
 
     def run(self, operation: Operation) -> Outcome:
@@ -265,12 +267,12 @@ class _Batch:
         return Outcome(None, 0, tuple(alerts))
 
     def _settle(self, settled: Settle) -> None:
-        reservation = self._books.reserved(settled.id)
+        reservation = None if settled.id in self._gone else self._books.reserved(settled.id)
         if reservation is None:
             return
         self._books._ours.pop(settled.id, None)
         if self._new.pop(settled.id, None) is None:
-            self._gone.append((settled.id,))
+            self._gone.add(settled.id)
         cost = (settled.entry.nano or 0) if settled.entry is not None else 0
         # in the period it was reserved in: what a budget granted stays in that budget
         self._add(reservation.caller, reservation.time_ns, cost - reservation.nano)
@@ -298,7 +300,7 @@ class _Batch:
 
     def write(self, db: sqlite3.Connection) -> None:
         if self._gone:
-            db.executemany("DELETE FROM reservations WHERE id = ?", self._gone)
+            db.executemany("DELETE FROM reservations WHERE id = ?", [(id,) for id in self._gone])
         if self._new:
             rows = [
                 (r.id, r.owner, r.time_ns, r.caller.key, r.caller.team, r.caller.project, r.caller.env, r.provider, r.model,

@@ -35,12 +35,14 @@ import msgspec
 from msgspec import field
 
 from mist.broker.base import Broker
+from mist.broker.registry import connect
 from mist.client.client import Client
-from mist.errors import InvalidArgument, MistError, NotFound
+from mist.errors import InvalidArgument, MistError, NotFound, WrongIncarnation
 from mist.protocol.codec import decode_foreign
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE, InferRequest, InferResponse
 from mist.protocol.payloads import ChatMessage as WireMessage
+from mist.protocol.url import Url, has_scheme, parse_url, redact
 from mist.tools.infermux.chat import ChatMessage, ChatRequest, Json, Reply, Usage
 
 KEY_VERSION = 1
@@ -288,6 +290,43 @@ class Recordings:
         asked = _asked.decode(row[0])
         models = dict.fromkeys(model for model in (asked.model, answer.model) if model not in ("", "auto"))
         return [question_key(model, asked.messages or (), asked.params) for model in models]
+
+
+async def read_recordings(place: str, *, cursor: str = "") -> Recordings:
+    """Recordings from where a setting says: a file, or a broker's URL with `?stream=NAME` (else `infer`). For a stream
+    `cursor` says where they begin: behind that sequence, or where the cursor of that name stands; empty is the first kept
+    record. Raises NotFound where there is nothing to answer with: that is a mistake, not a recording."""
+    if not has_scheme(place) or place.startswith("file:"):
+        if cursor:
+            raise InvalidArgument(f"cursor={cursor!r} is for a stream, {place} is a file")
+        recordings = Recordings.from_file(Path(parse_url(place).target if has_scheme(place) else place))
+    else:
+        url = parse_url(place)
+        stream = url.get("stream", "infer")
+        bare = Url(url.scheme, url.target, tuple(pair for pair in url.query if pair[0] != "stream"))
+        broker = await connect(bare)
+        try:
+            after = await _position(broker, stream, cursor)
+            recordings = await Recordings.from_stream(broker, stream, after=after)
+        finally:
+            await broker.aclose()
+    if not recordings.answers:
+        recordings.close()
+        raise NotFound(f"{redact(place)} holds no recorded answer" + (f" behind {cursor}" if cursor else ""))
+    return recordings
+
+
+async def _position(broker: Broker, stream: str, cursor: str) -> int | None:
+    if not cursor:
+        return None
+    if cursor.isascii() and cursor.isdigit():
+        return int(cursor)
+    checkpoint = await broker.checkpoints.load(stream, cursor)
+    if checkpoint is None:
+        raise NotFound(f"stream {stream}: no cursor is called {cursor[:80]!r}")
+    if checkpoint.incarnation != (await (await broker.open(stream, create=False)).info()).incarnation:
+        raise WrongIncarnation(f"cursor {cursor}: stream {stream} was deleted and made again since it was saved")
+    return checkpoint.sequence
 
 
 def _raw(key: str) -> bytes:

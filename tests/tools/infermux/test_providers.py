@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import run
 
+from mist.errors import NotFound
 from mist.protocol.payloads import InferResponse
 from mist.testing.providers import Answer, Providers, run_providers
 from mist.tools.infermux.chat import ChatMessage, ChatRequest, Chunk, Reply
@@ -362,3 +364,30 @@ def test_replay_costs_nothing_and_says_what_it_has_not() -> None:
                 assert caught.value.kind == "invalid"  # it would be another provider's turn, and money, otherwise
 
     run(body())
+
+
+def test_replay_reads_once_when_it_is_first_asked(tmp_path: Path) -> None:
+    """However many ask at once; what cannot be read fails each question, and may be there for the next."""
+    reads: list[Recordings] = []
+
+    async def read() -> Recordings:
+        if not reads:
+            reads.append(recorded())
+            raise NotFound("no file x", hint="make one")
+        await asyncio.sleep(0)
+        reads.append(recorded("a"))
+        return reads[-1]
+
+    async def body() -> None:
+        replay = Replay("p", read)
+        with pytest.raises(ProviderError, match="no file x") as caught:
+            await replay.complete(ask(), "m", timeout_s=1)
+        assert (caught.value.kind, caught.value.hint) == ("invalid", "make one")
+        replies = await asyncio.gather(*[replay.complete(ask(), "m", timeout_s=1) for _ in range(3)])
+        assert [reply.content for reply in replies] == ["a", "a", "a"]
+        await replay.aclose()
+        with pytest.raises(sqlite3.ProgrammingError):
+            reads[-1].count("0" * 64)
+
+    run(body())
+    assert len(reads) == 2

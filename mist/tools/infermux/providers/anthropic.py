@@ -25,7 +25,7 @@ from msgspec import Struct
 from mist.protocol.payloads import Int64
 from mist.tools.infermux.chat import ChatMessage, ChatRequest, Chunk, Embeddings, Json, Reply, Usage
 from mist.tools.infermux.failures import ProviderError
-from mist.tools.infermux.providers.http import Http, Pool, utc_now
+from mist.tools.infermux.providers.http import CONNECT_TIMEOUT_S, Http, Pool, utc_now
 from mist.tools.infermux.providers.params import encoded, stated, unsupported
 from mist.tools.infermux.providers.refusals import error_in, error_of
 
@@ -116,6 +116,7 @@ class Anthropic:
         max_tokens: int = MAX_TOKENS,
         version: str = VERSION,
         drop_params: bool = False,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
         pool: Pool | None = None,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
@@ -125,7 +126,15 @@ class Anthropic:
         self._sampling = version < WITHOUT_SAMPLING
         self._drop = drop_params
         own = {"anthropic-version": version} | ({"x-api-key": api_key} if api_key else {})
-        self._http = Http(name, base_url, {**own, **(headers or {})}, secrets=(api_key,), pool=pool, now=now)
+        self._http = Http(
+            name,
+            base_url,
+            {**own, **(headers or {})},
+            secrets=(api_key,),
+            connect_timeout_s=connect_timeout_s,
+            pool=pool,
+            now=now,
+        )
 
     async def complete(self, request: ChatRequest, model: str, *, timeout_s: float) -> Reply:
         body = await self._http.post("/v1/messages", self._question(request, model), timeout_s=timeout_s)

@@ -83,7 +83,8 @@ class Pool:
 
 class Http:
     """What one provider is asked through. `headers` go with every request; their values, and `secrets`, are kept out of
-    errors. With a `pool`, `aclose` leaves it open. `now` is for a Retry-After that is a date."""
+    errors. A `pool` that is given is used as it is, and
+    `aclose` leaves it open. `now` is for a Retry-After that is a date."""
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class Http:
         headers: Mapping[str, str],
         *,
         secrets: Sequence[str] = (),
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
         pool: Pool | None = None,
         now: Callable[[], datetime] = utc_now,
         body_bytes_max: int = BODY_BYTES_MAX,
@@ -99,7 +101,7 @@ class Http:
     ) -> None:
         self._provider = provider
         self._own = pool is None
-        self._pool = pool or Pool()
+        self._pool = pool or Pool(connect_timeout_s=connect_timeout_s)
         self._base = _checked_url(provider, base_url)
         self._headers = {
             "user-agent": "mist-infermux", "accept-encoding": "identity", **_checked_headers(provider, headers),

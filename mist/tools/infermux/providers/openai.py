@@ -19,7 +19,7 @@ from msgspec import Struct
 from mist.protocol.payloads import Int64
 from mist.tools.infermux.chat import ChatRequest, Chunk, Embeddings, Json, Reply, Usage
 from mist.tools.infermux.failures import ProviderError
-from mist.tools.infermux.providers.http import Http, Pool, utc_now
+from mist.tools.infermux.providers.http import CONNECT_TIMEOUT_S, Http, Pool, utc_now
 from mist.tools.infermux.providers.params import encoded, stated, unsupported
 from mist.tools.infermux.providers.refusals import error_in, error_of
 
@@ -115,6 +115,7 @@ class OpenAI:
         headers: Mapping[str, str] | None = None,
         extra_params: Sequence[str] = (),
         drop_params: bool = False,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
         pool: Pool | None = None,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
@@ -124,7 +125,15 @@ class OpenAI:
         self._any = "*" in extra_params
         self._drop = drop_params
         own = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = Http(name, base_url, {**own, **(headers or {})}, secrets=(api_key,), pool=pool, now=now)
+        self._http = Http(
+            name,
+            base_url,
+            {**own, **(headers or {})},
+            secrets=(api_key,),
+            connect_timeout_s=connect_timeout_s,
+            pool=pool,
+            now=now,
+        )
 
     async def complete(self, request: ChatRequest, model: str, *, timeout_s: float) -> Reply:
         body = await self._http.post("/chat/completions", self._question(request, model), timeout_s=timeout_s)
