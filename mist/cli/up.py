@@ -27,7 +27,10 @@ TOOLS: dict[str, tuple[str, str]] = {
     "tokentrace": ("mist.cli._up_tools:tokentrace", "spans of the stream into the store of `mist trace`"),
     "otlp": ("mist.cli._up_tools:otlp", "POST /v1/traces, and gRPC: OpenTelemetry's spans into the stream"),
     "alerts": ("mist.cli._up_tools:alerts", "the alert rules of mist.toml, over the store"),
-    "infermux": ("mist.cli._up_tools:infermux", "the inference router: /v1/chat/completions, /infer, requests of a stream"),
+    "infermux": (
+        "mist.cli._up_tools:infermux",
+        "the inference router: /v1/chat/completions, /infer, requests of a stream",
+    ),
 }
 """name -> (a function that takes `store()`, which gives the path of a store of that name, and returns a Tool; what it
 does). The tools of later issues are lines here."""
@@ -73,7 +76,9 @@ async def command(
     ] = "",
     tokentrace: Annotated[
         str,
-        typer.Option("--tokentrace", metavar="URL", help="Send the router's spans to this TokenTrace as well, durably."),
+        typer.Option(
+            "--tokentrace", metavar="URL", help="Send the router's spans to this TokenTrace as well, durably."
+        ),
     ] = "",
     durability: Annotated[
         Level | None, typer.Option("--durability", help="Of the stream: what an acknowledged envelope survives.")
