@@ -29,7 +29,7 @@ from mist.tools.infermux.calls import Calls
 from mist.tools.infermux.chat import Reply
 from mist.tools.infermux.failures import ProviderError
 
-from ..shell import Shell
+from tools.shell import Shell
 from .fakes import FakeRouter
 
 GOLDEN = "hello world, how are you"
