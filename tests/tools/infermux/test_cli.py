@@ -28,8 +28,8 @@ from mist.tools.infermux.api import Api
 from mist.tools.infermux.calls import Calls
 from mist.tools.infermux.chat import Reply
 from mist.tools.infermux.failures import ProviderError
-
 from tools.shell import Shell
+
 from .fakes import FakeRouter
 
 GOLDEN = "hello world, how are you"
