@@ -22,6 +22,7 @@ from mist.quantities import Duration, Size
 
 ProviderType = Literal["openai", "anthropic", "echo", "replay", "command"]
 StrategyName = Literal["priority", "round_robin", "weighted", "least_latency", "cost", "sticky"]
+Capture = Literal["full", "metadata", "none"]
 Capability = Literal["tools", "vision", "json"]
 Period = Literal["day", "month", "total"]
 Action = Literal["refuse", "alert", "model_override"]
@@ -319,6 +320,16 @@ class InferMuxSettings(Struct, frozen=True, kw_only=True):
 
     listen: str = "127.0.0.1:8600"
     stream: str = "infer"
+    """Where questions and answers are recorded."""
+    requests: str = "infer-requests"
+    """Whose `infer.request` are answered, into `stream`; empty = of no stream. Never the stream of the record: what is recorded
+    there would be asked again."""
+    workers: int = 16
+    """Requests of that stream under way at once."""
+    capture: Capture = "full"
+    """How much of the texts is recorded: `metadata` is roles, parameters and sizes, `none` not even that."""
+    open: bool = False
+    """Take calls from other machines without a key."""
     store: str = ""
     """The ledger's file; empty = DIR/tools/infermux.db, or the user's state directory."""
     prices: str = ""
@@ -342,7 +353,10 @@ class InferMuxSettings(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_stream(self.stream)
-        for name in ("body_bytes_max", "requests_max", "drain"):
+        if self.requests:
+            check_stream(self.requests)
+        _check(self.requests != self.stream, f"infermux.requests = {self.requests!r} is the stream of the record")
+        for name in ("body_bytes_max", "requests_max", "drain", "workers"):
             _check(getattr(self, name) > 0, f"infermux.{name} = {getattr(self, name)} is not above 0")
         for what in ("providers", "groups", "keys"):
             _check_unique((item.name for item in getattr(self, what)), f"infermux.{what}")
@@ -400,6 +414,10 @@ TEMPLATE = """\
 # [infermux]                      # variables: MIST_INFERMUX__LISTEN, or MIST_INFERMUX_LISTEN
 # listen = "127.0.0.1:8600"       # where its HTTP door is
 # stream = "infer"                # where calls are recorded
+# requests = "infer-requests"     # infer.request envelopes of this stream are answered; empty = none
+# workers = 16                    # of them at once
+# capture = "full"                # of texts, in the record: full, metadata, none
+# open = false                    # take calls from other machines without a key
 # store = ""                      # the ledger's file; empty = beside the log, or the user's state directory
 # prices = ""                     # a price table; none are shipped
 # providers = []                  # tables [[infermux.providers]]: docs/reference/infermux-settings.md; none = echo
