@@ -58,7 +58,7 @@ async def run(
     broker, opened = await session.reach(stream, create=True)
     if not name:
         name = (not new and await find_unfinished(opened, suite)) or new_run_id(suite.name)
-    out.note(f"run {name}: {len(suite.samples)} samples, {len(suite.models)} models, on {broker.url} stream {stream}")
+    out.note(f"run {name}: {suite.total} samples, {len(suite.models)} models, on {broker.url} stream {stream}")
     session.resume = f"go on with: mist eval run {file} --run {name}"
     with out.progress("grading", suite.total) as bar:
         outcome = await drained(

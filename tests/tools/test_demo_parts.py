@@ -89,9 +89,13 @@ def test_the_suite_has_the_passes_it_was_written_with(tmp_path: Path) -> None:
     """Graders find exactly the answers that were written as right ones, for each of the three kinds."""
     path, right = write_suite(tmp_path / "s", seed=5, samples=300)
     suite = load(path)
-    table = rows((grade(suite, s, m, "r") for s in suite.samples for m in suite.models), suite.models)
+    table = rows((grade(suite, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
     assert {r.model: r.passed for r in table} == right
-    assert Counter(s.graders for s in suite.samples) == {("numeric",): 100, ("contains",): 100, ("exact",): 100}
+    assert Counter(s.graders for s in suite.harnesses[0].samples) == {
+        ("numeric",): 100,
+        ("contains",): 100,
+        ("exact",): 100,
+    }
 
 
 def acknowledged(tmp_path: Path, count: int) -> Path:

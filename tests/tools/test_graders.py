@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mist.errors import InvalidArgument
 from mist.tools.matchspec.graders import GRADERS, grader
+from mist.tools.matchspec.grading import GradeInput
 from mist.tools.matchspec.numbers import after_marker, close, numbers, plain
 
 
@@ -97,7 +98,7 @@ def test_a_grader_decides(spec: dict[str, Any], output: str, expected: str, pass
     """The table of what passes."""
     g = grader(spec)
     g.check(expected)
-    assert g.grade(output, expected).passed is passed
+    assert g.grade(GradeInput(output=output, expected=expected)).passed is passed
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mist.protocol.payloads import EvalResult
 from mist.tools.matchspec.graders import grader
 from mist.tools.matchspec.results import diff, list_runs, mcnemar, read_run, records, result_of, rows, wilson
 from mist.tools.matchspec.run import cursor_name, find_unfinished, new_run_id, run_suite
-from mist.tools.matchspec.suite import Sample, Suite, suite_of
+from mist.tools.matchspec.suite import Sample, Suite, recorded_suite
 
 
 class Killed(BaseException):
@@ -33,7 +33,7 @@ def suite(count: int = 20, right: int = 15, name: str = "s") -> Suite:
         "m": {s.id: s.id if int(s.id) <= right else "0" for s in samples},
         "n": {s.id: f"it is {s.id}" for s in samples},
     }
-    return suite_of(name, samples, answers, [grader({"type": "numeric"})], where="test")
+    return recorded_suite(name, samples, answers, [grader({"type": "numeric"})], where="test")
 
 
 async def opened(broker: Broker) -> Stream:
@@ -55,7 +55,7 @@ def test_a_run_is_a_manifest_and_one_result_per_sample_and_model() -> None:
             assert (first.correlation_id, first.causation_id) == ("r1", decode(page.records[0].data).id)
             stored = [result_of(r) for r in page.records[1:]]
             assert [(s.result.task, s.result.model) for s in stored if s] == [
-                (str(i), m) for i in range(1, 21) for m in ("m", "n")
+                (str(i), m) for m in ("m", "n") for i in range(1, 21)
             ]
             cursor = await broker.checkpoints.load("eval", cursor_name("r1"))
             assert cursor is not None
@@ -225,7 +225,7 @@ def test_runs_are_listed_newest_first_and_strangers_passed_over() -> None:
 def test_a_missing_answer_is_an_error_result_and_never_a_pass() -> None:
     """It counts in the total, so a model that was not asked cannot look good."""
     samples = [Sample("1", "?", "1"), Sample("2", "?", "2")]
-    partial = suite_of("s", samples, {"m": {"1": "1"}}, [grader({"type": "numeric"})], where="t")
+    partial = recorded_suite("s", samples, {"m": {"1": "1"}}, [grader({"type": "numeric"})], where="t")
 
     async def body() -> None:
         async with mist.connect("memory:") as broker:
@@ -265,7 +265,9 @@ def test_two_runs_are_compared_sample_by_sample() -> None:
             assert (same.model, same.gained, same.lost, same.p_value) == ("n", [], [], 1.0)
             down = diff(b, c)[0]
             assert (len(down.lost), down.p_value < 0.001) == (15, True)
-            other = suite_of("o", [Sample("x", "", "1")], {"z": {"x": "1"}}, [grader({"type": "exact"})], where="t")
+            other = recorded_suite(
+                "o", [Sample("x", "", "1")], {"z": {"x": "1"}}, [grader({"type": "exact"})], where="t"
+            )
             await run_suite(broker, stream, other, run="d")
             with pytest.raises(Conflict, match="no model with common samples"):
                 diff(a, await read_run(stream, "d"))

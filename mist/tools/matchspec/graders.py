@@ -13,33 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from mist.errors import InvalidArgument
+from mist.tools.matchspec.grading import GradeInput, Pure, Verdict
 from mist.tools.matchspec.numbers import Percent, after_marker, close, numbers, plain
-
-
-class Verdict(Struct, frozen=True):
-    """`answer` is what the grader compared, as text; None when it found nothing to compare."""
-
-    passed: bool
-    answer: str | None
-    reason: str = ""
-
-
-class Grader(Protocol):
-    """`name` is what samples and results call it."""
-
-    @property
-    def name(self) -> str: ...
-
-    def check(self, expected: str) -> None:
-        """Raise InvalidArgument when no output could be graded fairly against this."""
-
-    def grade(self, output: str, expected: str) -> Verdict: ...
 
 
 class _Base(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,6 +28,9 @@ class _Base(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     label: str = msgspec.field(name="name", default="")
     marker: str = ""
     expected_marker: str = ""
+    negate: bool = False
+    weight: Annotated[float, Meta(ge=0)] | None = None
+    threshold: Annotated[float, Meta(ge=0, le=1)] | None = None
 
     @property
     def name(self) -> str:
@@ -66,7 +50,11 @@ class _Base(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return after_marker(output, self.marker) if self.marker else output
 
     def _missing(self) -> Verdict:
-        return Verdict(False, None, f"no {self.marker!r} in the output")
+        return Verdict(False, 0.0, None, f"no {self.marker!r} in the output")
+
+
+def _decided(passed: bool, answer: str) -> Verdict:
+    return Verdict(passed, 1.0 if passed else 0.0, answer)
 
 
 class _Text(_Base, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,21 +73,21 @@ class _Text(_Base, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Exact(_Text, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="exact"):
     kind: ClassVar[str] = "exact"
 
-    def grade(self, output: str, expected: str) -> Verdict:
-        answer = self._output(output)
+    def grade(self, given: GradeInput) -> Verdict:
+        answer = self._output(given.output)
         if answer is None:
             return self._missing()
-        return Verdict(self._plain(answer) == self._plain(self._expected(expected)), answer)
+        return _decided(self._plain(answer) == self._plain(self._expected(given.expected)), answer)
 
 
 class Contains(_Text, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="contains"):
     kind: ClassVar[str] = "contains"
 
-    def grade(self, output: str, expected: str) -> Verdict:
-        answer = self._output(output)
+    def grade(self, given: GradeInput) -> Verdict:
+        answer = self._output(given.output)
         if answer is None:
             return self._missing()
-        return Verdict(self._plain(self._expected(expected)) in self._plain(answer), answer)
+        return _decided(self._plain(self._expected(given.expected)) in self._plain(answer), answer)
 
 
 class Numeric(_Base, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="numeric"):
@@ -111,17 +99,17 @@ class Numeric(_Base, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
         if self._number(self._expected(expected), first=bool(self.expected_marker)) is None:
             raise InvalidArgument(f"grader {self.name}: no number in the expected text {expected[-60:]!r}")
 
-    def grade(self, output: str, expected: str) -> Verdict:
-        text = self._output(output)
+    def grade(self, given: GradeInput) -> Verdict:
+        text = self._output(given.output)
         if text is None:
             return self._missing()
         answer = self._number(text, first=bool(self.marker))
         if answer is None:
-            return Verdict(False, None, "no number in the output")
-        wanted = self._number(self._expected(expected), first=bool(self.expected_marker))
+            return Verdict(False, 0.0, None, "no number in the output")
+        wanted = self._number(self._expected(given.expected), first=bool(self.expected_marker))
         if wanted is None:
-            raise InvalidArgument(f"grader {self.name}: no number in the expected text {expected[-60:]!r}")
-        return Verdict(close(answer, wanted, Decimal(str(self.tolerance))), plain(answer))
+            raise InvalidArgument(f"grader {self.name}: no number in the expected text {given.expected[-60:]!r}")
+        return _decided(close(answer, wanted, Decimal(str(self.tolerance))), plain(answer))
 
     def _number(self, text: str, *, first: bool) -> Decimal | None:
         found = numbers(text, percent=self.percent)
@@ -132,7 +120,7 @@ GRADERS = ("exact", "contains", "numeric")
 Kind = Literal["exact", "contains", "numeric"]
 
 
-def grader(spec: Mapping[str, Any], where: str = "grader") -> Grader:
+def grader(spec: Mapping[str, Any], where: str = "grader") -> Pure:
     """The grader a table `{type = "numeric", …}` describes. Raises InvalidArgument for an unknown type or key."""
     kind = spec.get("type")
     if kind not in GRADERS:
@@ -141,9 +129,3 @@ def grader(spec: Mapping[str, Any], where: str = "grader") -> Grader:
         return msgspec.convert(dict(spec), Exact | Contains | Numeric)
     except msgspec.ValidationError as exc:
         raise InvalidArgument(f"{where} ({kind}): {exc}") from exc
-
-
-def describe(g: Grader) -> dict[str, Any]:
-    """The grader's settings as plain values: part of a suite's digest."""
-    settings: dict[str, Any] = msgspec.to_builtins(g)
-    return settings

@@ -1,8 +1,10 @@
 """What a run leaves in the stream, and what is computed from it. The stream is the only store of runs.
 
-A run is a manifest (`eval.run`, subject `eval.run.<run>`) and one `eval.result` per sample and model (subject
+A run is a manifest (`eval.run`, subject `eval.run.<run>`) and one `eval.result` per harness, sample and repeat (subject
 `eval.result.<run>`). The payloads are the seed's, with more keys: readers that do not know them ignore them.
-Of results with the same (model, sample) the first counts.
+
+What counts: of the results of one (harness, sample, repeat) the first without an error; while there is none, the first.
+A forked or replayed run begins with the results of its parent up to the sequence its manifest names, by reference.
 """
 
 from __future__ import annotations
@@ -10,15 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Iterable
 from math import comb, sqrt
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
-from mist.broker.base import Record, Stream
+from mist.broker.base import SEQUENCE_MAX, Record, Stream
 from mist.errors import Conflict, MistError, NotFound
 from mist.protocol.codec import decode
 from mist.protocol.payloads import EVAL_RESULT, EVAL_RUN
 from mist.protocol.subject import subject_for
+from mist.tools.matchspec.grading import Score
+from mist.tools.matchspec.suite import Digests, Gate
 
 STREAM = "eval"
 PAGE = 1000
@@ -26,8 +31,39 @@ Z95 = 1.959963984540054
 """The 97.5 % point of the normal distribution: a two-sided interval of 95 %."""
 
 
+class HarnessInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A harness as its run's manifest keeps it. `model` is the label, `settings` its parameters, `graders` theirs."""
+
+    name: str
+    model: str
+    samples: int
+    epochs: int = 1
+    reducer: str = "mean"
+    pass_score: float | None = None
+    settings: dict[str, Any] = {}
+    graders: list[dict[str, Any]] = []
+    data_digest: str = ""
+
+    @property
+    def total(self) -> int:
+        return self.samples * self.epochs
+
+
+class Parent(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a run came from. `fork` and `replay` take over the parent's results up to the sequence `through` by
+    reference; a `replay` then answers with the parent's recorded inference, a `rescore` grades the parent's recorded
+    outputs anew and takes over nothing."""
+
+    run: str
+    how: Literal["fork", "replay", "rescore"]
+    through: int = 0
+    taken: int = 0
+    """How many results `through` covers."""
+
+
 class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Payload of `eval.run`: the seed's keys, then ours. `total` = samples x models."""
+    """Payload of `eval.run`, the first record of a run: the seed's keys, then ours. `samples` over all harnesses, `total`
+    = results of a complete run. `infer_after`: where the stream of answers ended when the run began."""
 
     suite: str
     tasks: list[str] = []
@@ -39,12 +75,27 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     models: list[str] = []
     samples: int = 0
     total: int = 0
-    graders: list[dict[str, object]] = []
+    harnesses: list[HarnessInfo] = []
+    digests: Digests = Digests()
+    gate: Gate = Gate()
+    seed: int | None = None
+    versions: dict[str, str] = {}
+    """Of what the run began with: mist, python, msgspec. Told, not compared."""
+    parent: Parent | None = None
+    baseline_run: str = ""
+    infer_stream: str = ""
+    infer_after: int = 0
 
 
-class Result(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Payload of `eval.result`: the seed's keys, then ours. `task` is the sample's id. `answer` is what the grader
-    compared; `error` is why there was nothing to grade (that is a failure too, and counted)."""
+ErrorKind = Literal["", "no_answer", "model", "timeout", "grader"]
+
+
+class Result(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Payload of `eval.result`: the seed's keys, then ours. `task` is the sample's id, `key` its stable key, `index` its
+    place in the harness's data (from 0), `epoch` which repeat (from 1). `answer` is what the first grader that found
+    something compared. `error` says why there was nothing to judge (that is a failure too, and counted). Counts and
+    costs are None where nobody stated them. Texts are excerpts (`run.py` names the limits); `output_sha256` is of the
+    whole output."""
 
     suite: str
     task: str
@@ -55,12 +106,27 @@ class Result(Struct, frozen=True, kw_only=True, omit_defaults=True):
     duration_ms: int
     error: str = ""
     run: str = ""
+    harness: str = ""
     model: str = ""
-    graders: list[str] = []
+    key: str = ""
+    index: int = 0
+    epoch: int = 1
+    scores: list[Score] = []
     answer: str | None = None
+    error_kind: ErrorKind = ""
+    input: str = ""
     expected: str = ""
     output: str = ""
+    output_cut: bool = False
     output_sha256: str = ""
+    tags: tuple[str, ...] = ()
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    cost_usd: float | None = None
+    latency_ms: float | None = None
+    attempts: int = 1
+    request_id: str = ""
+    trace_id: str = ""
 
 
 class Row(Struct, frozen=True, kw_only=True):
@@ -103,7 +169,7 @@ class StoredResult(Struct, frozen=True):
 
 
 class Run(Struct, frozen=True):
-    """All of a run, first results only, in stream order."""
+    """All of a run, the results that count, in the order of its data. `doubled`: how many did not count."""
 
     info: RunInfo
     manifest: Manifest
@@ -123,9 +189,9 @@ def run_subject(run: str) -> str:
     return subject_for(EVAL_RUN, run)
 
 
-def result_id(run: str, model: str, sample: str) -> str:
-    """The envelope id of a result: the same for the same work, so that repeating it is stored once."""
-    return hashlib.sha256(msgspec.json.encode([run, model, sample])).hexdigest()[:32]
+def run_id_of(kind: str, run: str) -> str:
+    """The envelope id of a run's manifest."""
+    return hashlib.sha256(f"{kind}:{run}".encode()).hexdigest()[:32]
 
 
 def wilson(passed: int, total: int, z: float = Z95) -> tuple[float, float]:
@@ -187,61 +253,176 @@ def result_of(record: Record) -> StoredResult | None:
         return None
 
 
-async def read_run(stream: Stream, run: str) -> Run:
-    """All of a run. Raises NotFound."""
-    manifest: Manifest | None = None
-    at: Record | None = None
-    kept: dict[tuple[str, str], StoredResult] = {}
-    doubled = 0
-    async for record in records(stream, (run_subject(run), result_subject(run))):
-        if manifest is None:
+class Head(Struct, frozen=True):
+    """A run's manifest, where it lies, and those it descends from, the eldest first: (run, the last sequence of it that
+    counts)."""
+
+    manifest: Manifest
+    sequence: int
+    timestamp_ns: int
+    ancestors: tuple[tuple[str, int], ...] = ()
+
+
+async def read_head(stream: Stream, run: str) -> Head:
+    """Raises NotFound; Conflict for a run that descends from itself."""
+    chain: list[tuple[Manifest, Record]] = []
+    wanted = run
+    while wanted:
+        found = None
+        async for record in records(stream, (run_subject(wanted),)):
             manifest = manifest_of(record)
-            at = record
+            if manifest is not None and manifest.run in (wanted, ""):
+                found = manifest, record
+                break
+        if found is None:
+            what = f"no run {wanted} in stream {stream.name}"
+            raise NotFound(
+                what if wanted == run else f"{what}, from which {run} took results",
+                hint="`mist eval ls` lists the runs",
+            )
+        if any(m.run == wanted for m, _ in chain):
+            raise Conflict(f"run {wanted} descends from itself")
+        chain.append(found)
+        parent = found[0].parent
+        wanted = parent.run if parent is not None and parent.how != "rescore" else ""
+    manifest, record = chain[0]
+    limits: list[tuple[str, int]] = []
+    through = SEQUENCE_MAX
+    for child, (elder, _) in zip((m for m, _ in chain), chain[1:], strict=False):
+        if child.parent is not None:
+            through = min(through, child.parent.through)
+            limits.append((elder.run, through))
+    return Head(manifest, record.sequence, record.timestamp_ns, tuple(reversed(limits)))
+
+
+class Slots:
+    """Which results of a run are there, in two bits each. A slot is (harness, index, epoch) as one number."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._first: dict[str, tuple[int, HarnessInfo]] = {}
+        self.total = 0
+        for h in manifest.harnesses:
+            self._first[h.name] = (self.total, h)
+            self.total += h.total
+        self._done = bytearray(self.total // 8 + 1)
+        self._old: dict[tuple[str, str], int] = {}
+        """Runs of before there were harnesses: their results are told apart by (model, task)."""
+        self._without_harnesses = not manifest.harnesses
+        self.done = 0
+
+    def of(self, result: Result) -> int | None:
+        """The slot of a result; None when it belongs to none (a stranger's)."""
+        if self._without_harnesses:
+            slot = self._old.setdefault((result.model, result.task), len(self._old))
+            if slot >= 8 * len(self._done):
+                self._done.extend(bytes(1 + slot // 8))
+            return slot
+        found = self._first.get(result.harness)
+        if found is None:
+            return None
+        first, h = found
+        if not (0 <= result.index < h.samples and 1 <= result.epoch <= h.epochs):
+            return None
+        return first + result.index * h.epochs + result.epoch - 1
+
+    def has(self, slot: int) -> bool:
+        return bool(self._done[slot >> 3] & (1 << (slot & 7)))
+
+    def take(self, slot: int) -> bool:
+        """Whether it was free; it is taken now."""
+        byte, bit = slot >> 3, 1 << (slot & 7)
+        if self._done[byte] & bit:
+            return False
+        self._done[byte] |= bit
+        self.done += 1
+        return True
+
+
+async def each_result(stream: Stream, head: Head, seen: Counts | None = None) -> AsyncIterator[StoredResult]:
+    """The results that count, each once, in one pass: those without an error in the order of the stream, then the errors
+    that nothing replaced. Memory: a bit per result, and the errors."""
+    run = head.manifest.run
+    limits = dict(head.ancestors)
+    slots = Slots(head.manifest)
+    errors: dict[int, StoredResult] = {}
+    seen = seen if seen is not None else Counts()
+    async for record in records(stream, tuple(result_subject(r) for r in (*limits, run))):
         stored = result_of(record)
-        if stored is None:
+        if stored is None or record.sequence > limits.get(stored.result.run, SEQUENCE_MAX):
             continue
-        key = (stored.result.model, stored.result.task)
-        if key in kept:
-            doubled += 1
+        slot = slots.of(stored.result)
+        if slot is None:
+            continue
+        if stored.result.error:
+            if slots.has(slot) or slot in errors:
+                seen.doubled += 1
+            else:
+                errors[slot] = stored
+        elif slots.take(slot):
+            if errors.pop(slot, None) is not None:
+                seen.doubled += 1
+            yield stored
         else:
-            kept[key] = stored
-    if manifest is None or at is None:
-        raise NotFound(f"no run {run} in stream {stream.name}", hint="`mist eval ls` lists the runs")
-    results = list(kept.values())
-    return Run(_info(run, manifest, at, results), manifest, results, doubled)
+            seen.doubled += 1
+    for stored in errors.values():
+        yield stored
 
 
-def _info(run: str, manifest: Manifest, at: Record, results: list[StoredResult]) -> RunInfo:
+class Counts:
+    """Told by `each_result` on its way."""
+
+    def __init__(self) -> None:
+        self.doubled = 0
+
+
+async def read_run(stream: Stream, run: str) -> Run:
+    """All of a run, in memory. Raises NotFound."""
+    head = await read_head(stream, run)
+    counts = Counts()
+    results = [stored async for stored in each_result(stream, head, counts)]
+    order = {h.name: i for i, h in enumerate(head.manifest.harnesses)}
+    if order:
+        results.sort(key=lambda s: (order[s.result.harness], s.result.index, s.result.epoch))
+    return Run(_info(run, head, results), head.manifest, results, counts.doubled)
+
+
+def _info(run: str, head: Head, results: list[StoredResult]) -> RunInfo:
     return RunInfo(
         run=run,
-        suite=manifest.suite,
-        models=manifest.models,
+        suite=head.manifest.suite,
+        models=head.manifest.models,
         done=len(results),
-        total=manifest.total,
+        total=head.manifest.total,
         errors=sum(1 for r in results if r.result.error),
-        started_ns=at.timestamp_ns,
-        first=at.sequence,
-        last=max((r.sequence for r in results), default=at.sequence),
-        digest=manifest.digest,
+        started_ns=head.timestamp_ns,
+        first=head.sequence,
+        last=max(head.sequence, max((r.sequence for r in results), default=0)),
+        digest=head.manifest.digest,
     )
 
 
 async def list_runs(stream: Stream) -> list[RunInfo]:
-    """Every run of the stream, newest first. One pass; memory: the keys of the results."""
-    manifests: dict[str, tuple[Manifest, Record]] = {}
-    seen: dict[str, dict[tuple[str, str], StoredResult]] = {}
-    async for record in records(stream, (f"{EVAL_RUN}.>", f"{EVAL_RESULT}.>")):
+    """Every run of the stream, newest first: one pass for the manifests, one for each run's results."""
+    found: dict[str, RunInfo] = {}
+    async for record in records(stream, (f"{EVAL_RUN}.>",)):
         manifest = manifest_of(record)
-        if manifest is not None:
-            manifests.setdefault(manifest.run, (manifest, record))
+        if manifest is None or not manifest.run or manifest.run in found:
             continue
-        stored = result_of(record)
-        if stored is not None:
-            light = msgspec.structs.replace(stored.result, output="", expected="", answer=None)
-            key = (light.model, light.task)
-            seen.setdefault(light.run, {}).setdefault(key, StoredResult(stored.sequence, stored.timestamp_ns, light))
-    out = [_info(run, m, at, list(seen.get(run, {}).values())) for run, (m, at) in manifests.items()]
-    return sorted(out, key=lambda i: -i.first)
+        try:
+            found[manifest.run] = await run_info(stream, manifest.run)
+        except NotFound:  # its parent is gone
+            continue
+    return sorted(found.values(), key=lambda i: -i.first)
+
+
+async def run_info(stream: Stream, run: str) -> RunInfo:
+    """How far a run came. Raises NotFound."""
+    head = await read_head(stream, run)
+    light = [
+        StoredResult(s.sequence, s.timestamp_ns, msgspec.structs.replace(s.result, output="", input="", expected=""))
+        async for s in each_result(stream, head)
+    ]
+    return _info(run, head, light)
 
 
 class Diff(Struct, frozen=True, kw_only=True):

@@ -16,27 +16,29 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
+import msgspec
 from msgspec import Struct
 
 from mist.broker.base import Broker, Checkpoint, Message, Stream
 from mist.broker.patience import again
-from mist.errors import Conflict, NotFound
+from mist.errors import Conflict, InvalidArgument, NotFound
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import EVAL_RESULT, EVAL_RUN
 from mist.protocol.subject import check_name, encode_token
-from mist.tools.matchspec.graders import describe
+from mist.tools.matchspec.grading import GradeInput, Pure, Score, combine, describe, failed, score_of
 from mist.tools.matchspec.results import (
+    HarnessInfo,
     Manifest,
     Result,
     Run,
     list_runs,
     read_run,
-    result_id,
     result_subject,
+    run_id_of,
     run_subject,
 )
-from mist.tools.matchspec.suite import Sample, Suite
+from mist.tools.matchspec.suite import Harness, Recorded, Sample, Suite, model_settings, sample_key
 
 SOURCE = "matchspec"
 BATCH = 64
@@ -74,19 +76,36 @@ async def find_unfinished(stream: Stream, suite: Suite) -> str | None:
     return None
 
 
-def grade(suite: Suite, sample: Sample, model: str, run: str) -> Result:
+def grade(suite: Suite, harness: Harness, sample: Sample, run: str, *, index: int = 0, epoch: int = 1) -> Result:
     """Judge one recorded answer. Pure but for the clock. Every grader of the sample must pass."""
     began = time.perf_counter_ns()
-    output = suite.answers[model].get(sample.id)
-    graders = suite.graders_of(sample)
-    error, answer, passed, score = "", None, False, 0.0
+    model = harness.model
+    output = None
+    if isinstance(model, Recorded):
+        output = sample.output if model.answers is None else model.answers.get(sample.id)
+    graders = [g for g in harness.graders if not sample.graders or g.name in sample.graders]
+    error, answer = "", None
+    scores: list[Score] = []
     if output is None:
         error = "no recorded answer"
+        scores = [failed(g, error) for g in graders]
     else:
-        verdicts = [g.grade(output, sample.expected) for g in graders]
-        passed = all(v.passed for v in verdicts)
-        score = sum(v.passed for v in verdicts) / len(verdicts)
-        answer = next((v.answer for v in verdicts if v.answer is not None), None)
+        given = GradeInput(
+            output=output,
+            expected=sample.expected,
+            input=sample.input,
+            sample_id=sample.id,
+            metadata=sample.metadata,
+            tags=sample.tags,
+        )
+        for g in graders:
+            if not isinstance(g, Pure):
+                raise InvalidArgument(f"grader {g.name} has to ask somebody: it cannot grade at once")
+            verdict = g.grade(given)
+            scores.append(score_of(g, verdict))
+            answer = verdict.answer if answer is None else answer
+    weights = None if harness.weights is None else [g.weight or 0.0 for g in graders]
+    passed, score = combine(scores, weights, harness.pass_score)
     text = output or ""
     return Result(
         suite=suite.name,
@@ -98,13 +117,26 @@ def grade(suite: Suite, sample: Sample, model: str, run: str) -> Result:
         duration_ms=(time.perf_counter_ns() - began) // 1_000_000,
         error=error,
         run=run,
-        model=model,
-        graders=[g.name for g in graders],
+        harness=harness.name,
+        model=harness.label,
+        key=sample_key(harness.name, sample),
+        index=index,
+        epoch=epoch,
+        scores=scores,
         answer=answer if answer is None else answer[-1000:],
+        error_kind="no_answer" if error else "",
+        input=sample.input[:1000],
         expected=sample.expected[-1000:],
         output=text[:OUTPUT_CHARS_MAX],
+        output_cut=len(text) > OUTPUT_CHARS_MAX,
         output_sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() if output is not None else "",
+        tags=sample.tags,
     )
+
+
+def result_id(run: str, harness: str, key: str, epoch: int) -> str:
+    """The envelope id of a result: the same for the same work, so that repeating it is stored once."""
+    return hashlib.sha256(msgspec.json.encode([run, harness, key, epoch])).hexdigest()[:32]
 
 
 async def run_suite(
@@ -124,7 +156,7 @@ async def run_suite(
     """
     check_name(run)
     kept, resumed_after = await _begin(broker, stream, suite, run)
-    finished = {(r.result.model, r.result.task) for r in kept.results} if kept is not None else set()
+    finished = {_slot(r.result) for r in kept.results} if kept is not None else set()
     manifest_id = _manifest_id(run)
     done, ran = len(finished), 0
     began = time.monotonic()
@@ -177,21 +209,30 @@ async def _begin(broker: Broker, stream: Stream, suite: Suite, run: str) -> tupl
     return found, cursor.sequence if cursor is not None else found.info.last
 
 
-def _batches(suite: Suite, finished: set[tuple[str, str]], size: int) -> Iterator[list[tuple[Sample, str]]]:
-    work: list[tuple[Sample, str]] = []
-    for sample in suite.samples:
-        for model in suite.models:
-            if (model, sample.id) not in finished:
-                work.append((sample, model))
-                if len(work) >= size:
-                    yield work
-                    work = []
+Work = tuple[Harness, int, Sample, int]
+"""Harness, index, sample, epoch."""
+
+
+def _slot(result: Result) -> tuple[str, int, int]:
+    return result.harness, result.index, result.epoch
+
+
+def _batches(suite: Suite, finished: set[tuple[str, int, int]], size: int) -> Iterator[list[Work]]:
+    work: list[Work] = []
+    for harness in suite.harnesses:
+        for index, sample in enumerate(harness.samples):
+            for epoch in range(1, harness.epochs + 1):
+                if (harness.name, index, epoch) not in finished:
+                    work.append((harness, index, sample, epoch))
+                    if len(work) >= size:
+                        yield work
+                        work = []
     if work:
         yield work
 
 
 def _manifest_id(run: str) -> str:
-    return hashlib.sha256(f"eval.run:{run}".encode()).hexdigest()[:32]
+    return run_id_of(EVAL_RUN, run)
 
 
 def _manifest_message(suite: Suite, run: str) -> Message:
@@ -199,26 +240,42 @@ def _manifest_message(suite: Suite, run: str) -> Message:
         suite=suite.name,
         run=run,
         digest=suite.digest,
+        digests=suite.digests,
         models=suite.models,
-        samples=len(suite.samples),
+        samples=sum(len(h.samples) for h in suite.harnesses),
         total=suite.total,
-        graders=[describe(g) for g in suite.graders],
+        gate=suite.gate,
+        seed=suite.seed,
+        harnesses=[
+            HarnessInfo(
+                name=h.name,
+                model=h.label,
+                samples=len(h.samples),
+                epochs=h.epochs,
+                reducer=h.reducer,
+                pass_score=h.pass_score,
+                settings=model_settings(h.model),
+                graders=[describe(g) for g in h.graders],
+                data_digest=h.data_digest,
+            )
+            for h in suite.harnesses
+        ],
     )
     env = Envelope.new(EVAL_RUN, manifest, source=SOURCE, id=_manifest_id(run), correlation_id=run)
     return Message(run_subject(run), encode(env), env.id)
 
 
-async def _publish(stream: Stream, suite: Suite, run: str, work: list[tuple[Sample, str]], manifest_id: str) -> int:
+async def _publish(stream: Stream, suite: Suite, run: str, work: list[Work], manifest_id: str) -> int:
     subject = result_subject(run)
     messages: list[Message] = []
     size, last = 0, 0
-    for sample, model in work:
-        result = grade(suite, sample, model, run)
+    for harness, index, sample, epoch in work:
+        result = grade(suite, harness, sample, run, index=index, epoch=epoch)
         env = Envelope.new(
             EVAL_RESULT,
             result,
             source=SOURCE,
-            id=result_id(run, model, sample.id),
+            id=result_id(run, harness.name, result.key, epoch),
             correlation_id=run,
             causation_id=manifest_id,
         )
@@ -234,7 +291,7 @@ async def _publish(stream: Stream, suite: Suite, run: str, work: list[tuple[Samp
 
 
 async def _stored(stream: Stream, messages: list[Message]) -> list[int]:
-    """Their sequences; the ids are made from run, model and sample, so that a repeat stores nothing twice."""
+    """Their sequences; the ids are made from run, harness, sample key and epoch, so that a repeat stores nothing twice."""
     return await again(lambda: stream.append(messages))
 
 
