@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mist.cli._eval_judging import RunArg, StreamOption, calibrate, diff, gate, report
 from mist.cli._tools import LimitOption
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
@@ -21,10 +22,7 @@ if TYPE_CHECKING:
 
 app = noun("Evals: run a suite, list and compare runs, replay their results.")
 
-StreamOption = Annotated[str, typer.Option("--stream", metavar="STREAM", help="The stream of runs and results.")]
-RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run's id; `mist eval ls` lists them.")]
 COLUMNS = ["suite", "model", "passed", "total", "rate", "ci_low", "ci_high"]
-NOT_MET = 10
 PARTIAL = 9
 
 
@@ -175,29 +173,6 @@ def _sample(sequence: int, result: Any) -> dict[str, Any]:
 
 
 @app.command()
-async def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="The earlier run.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The later run.")],
-    stream: StreamOption = "eval",
-) -> None:
-    """Compare two runs sample by sample: what was gained, what was lost, and whether that could be chance.
-
-    Example:
-      mist eval diff basics-20260130-1 basics-20260131-1
-    """
-    import msgspec
-
-    from mist.tools.matchspec.results import diff as compare
-
-    session = current()
-    left, right = await _read(session, stream, a, b)
-    rows = [msgspec.to_builtins(d) for d in compare(left, right)]
-    if session.out.format == "table":
-        rows = [{**r, "gained": len(r["gained"]), "lost": len(r["lost"])} for r in rows]
-    session.out.rows(rows, ["model", "common", "rate_a", "rate_b", "delta", "gained", "lost", "p_value"])
-
-
-@app.command()
 async def replay(
     run: RunArg,
     from_: Annotated[
@@ -254,42 +229,5 @@ class _Silent:
         return None
 
 
-@app.command()
-async def gate(
-    run: RunArg,
-    min_rate: Annotated[
-        float, typer.Option("--min-rate", min=0.0, max=1.0, metavar="R", help="What every model must reach, 0 to 1.")
-    ],
-    model: Annotated[
-        list[str] | None, typer.Option("--model", metavar="NAME", help="Only these models. Repeatable.")
-    ] = None,
-    lower_bound: Annotated[
-        bool, typer.Option("--lower-bound", help="Compare the lower end of the interval, not the rate.")
-    ] = False,
-    stream: StreamOption = "eval",
-) -> None:
-    """Exit 0 when the run is complete and every model reaches the rate, 10 otherwise. Never passes on nothing.
-
-    Example:
-      mist eval gate basics-20260131-1 --min-rate 0.9 --lower-bound
-    """
-    import msgspec
-
-    from mist.tools.matchspec.results import rows
-
-    session = current()
-    out = session.out
-    (found,) = await _read(session, stream, run)
-    wanted = model or found.manifest.models
-    table_rows = {r.model: r for r in rows((r.result for r in found.results), found.manifest.models)}
-    verdicts = []
-    for name in wanted:
-        row = table_rows.get(name)
-        reached = None if row is None else row.ci_low if lower_bound else row.rate
-        met = found.info.complete and reached is not None and reached >= min_rate
-        verdicts.append({"model": name, "reached": reached, "min_rate": min_rate, "met": met})
-    if not found.info.complete:
-        out.warn(f"run {run} is not complete: {found.info.done} of {found.info.total}")
-    out.rows([msgspec.to_builtins(v) for v in verdicts], ["model", "reached", "min_rate", "met"])
-    if not verdicts or not all(v["met"] for v in verdicts):
-        session.fail_with(NOT_MET)
+for _verb in (report, diff, gate, calibrate):
+    app.command()(_verb)

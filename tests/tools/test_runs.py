@@ -16,9 +16,12 @@ from mist.broker.base import Broker, Message, Stream
 from mist.errors import Ambiguous, Conflict, InvalidArgument, NotFound
 from mist.protocol.codec import decode
 from mist.protocol.payloads import EvalResult
+from mist.tools.matchspec.compare import Comparison, compare
 from mist.tools.matchspec.graders import grader
-from mist.tools.matchspec.results import diff, list_runs, mcnemar, read_run, records, result_of, rows, wilson
+from mist.tools.matchspec.report import count
+from mist.tools.matchspec.results import list_runs, read_run, records, result_of, rows
 from mist.tools.matchspec.run import cursor_name, find_unfinished, new_run_id, run_suite
+from mist.tools.matchspec.statistics import mcnemar, wilson
 from mist.tools.matchspec.suite import Sample, Suite, recorded_suite
 
 
@@ -258,19 +261,23 @@ def test_two_runs_are_compared_sample_by_sample() -> None:
             stream = await opened(broker)
             for name, right in (("a", 15), ("b", 18), ("c", 3)):
                 await run_suite(broker, stream, suite(right=right), run=name)
-            a, b, c = [await read_run(stream, name) for name in "abc"]
-            up, same = diff(a, b)
+
+            async def diff(a: str, b: str) -> list[Comparison]:
+                before, after = [(await count(stream, name, ids=True)).tally for name in (a, b)]
+                return compare(before, after)
+
+            up, same = await diff("a", "b")
             assert (up.model, up.gained, up.lost, up.p_value) == ("m", ["16", "17", "18"], [], 0.25)
             assert up.delta == pytest.approx(0.15)
             assert (same.model, same.gained, same.lost, same.p_value) == ("n", [], [], 1.0)
-            down = diff(b, c)[0]
+            down = (await diff("b", "c"))[0]
             assert (len(down.lost), down.p_value < 0.001) == (15, True)
             other = recorded_suite(
                 "o", [Sample("x", "", "1")], {"z": {"x": "1"}}, [grader({"type": "exact"})], where="t"
             )
             await run_suite(broker, stream, other, run="d")
             with pytest.raises(Conflict, match="no model with common samples"):
-                diff(a, await read_run(stream, "d"))
+                await diff("a", "d")
 
     run(body())
 

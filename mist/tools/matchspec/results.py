@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable
-from math import comb, sqrt
 from typing import Any, Literal
 
 import msgspec
@@ -23,12 +22,11 @@ from mist.protocol.codec import decode
 from mist.protocol.payloads import EVAL_RESULT, EVAL_RUN
 from mist.protocol.subject import subject_for
 from mist.tools.matchspec.grading import Score
+from mist.tools.matchspec.statistics import wilson
 from mist.tools.matchspec.suite import Digests, Gate
 
 STREAM = "eval"
 PAGE = 1000
-Z95 = 1.959963984540054
-"""The 97.5 % point of the normal distribution: a two-sided interval of 95 %."""
 
 
 class HarnessInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -192,16 +190,6 @@ def run_subject(run: str) -> str:
 def run_id_of(kind: str, run: str) -> str:
     """The envelope id of a run's manifest."""
     return hashlib.sha256(f"{kind}:{run}".encode()).hexdigest()[:32]
-
-
-def wilson(passed: int, total: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a rate. Nothing judged: (0, 1)."""
-    if total == 0:
-        return 0.0, 1.0
-    p, z2 = passed / total, z * z
-    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
-    half = z / (1 + z2 / total) * sqrt(p * (1 - p) / total + z2 / (4 * total * total))
-    return max(0.0, centre - half) if passed else 0.0, min(1.0, centre + half) if passed < total else 1.0
 
 
 def rows(results: Iterable[Result], models: Iterable[str] = ()) -> list[Row]:
@@ -423,60 +411,3 @@ async def run_info(stream: Stream, run: str) -> RunInfo:
         async for s in each_result(stream, head)
     ]
     return _info(run, head, light)
-
-
-class Diff(Struct, frozen=True, kw_only=True):
-    """Two runs of the same samples, one model. `gained`: failed in A, passed in B; `lost`: the other way round.
-    `p_value`: exact two-sided McNemar test on gained and lost."""
-
-    model: str
-    common: int
-    rate_a: float
-    rate_b: float
-    delta: float
-    gained: list[str]
-    lost: list[str]
-    p_value: float
-
-
-def diff(a: Run, b: Run) -> list[Diff]:
-    """Per model that both have, over the samples both have. Raises Conflict when there is nothing to compare."""
-    left = {(r.result.model, r.result.task): r.result.passed for r in a.results}
-    right = {(r.result.model, r.result.task): r.result.passed for r in b.results}
-    models = list(dict.fromkeys(m for m, _ in left if any(m == n for n, _ in right)))
-    out = []
-    for model in models:
-        common = [task for m, task in left if m == model and (model, task) in right]
-        if not common:
-            continue
-        gained = [t for t in common if not left[model, t] and right[model, t]]
-        lost = [t for t in common if left[model, t] and not right[model, t]]
-        rate_a = sum(left[model, t] for t in common) / len(common)
-        rate_b = sum(right[model, t] for t in common) / len(common)
-        out.append(
-            Diff(
-                model=model,
-                common=len(common),
-                rate_a=rate_a,
-                rate_b=rate_b,
-                delta=rate_b - rate_a,
-                gained=gained,
-                lost=lost,
-                p_value=mcnemar(len(gained), len(lost)),
-            )
-        )
-    if not out:
-        raise Conflict(
-            f"runs {a.info.run} and {b.info.run} have no model with common samples",
-            hint="compare runs of the same data",
-        )
-    return out
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """The exact two-sided p-value: how surprising this split of the changed samples is if neither side were better."""
-    n, k = gained + lost, min(gained, lost)
-    if n == 0:
-        return 1.0
-    tail = sum(comb(n, i) for i in range(k + 1))
-    return min(1.0, (2 * tail) / (1 << n))

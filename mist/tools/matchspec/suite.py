@@ -188,11 +188,11 @@ class Harness(Struct, frozen=True, kw_only=True):
 
 class Gate(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What a run must reach. `overall` and `per_grader` are thresholds in 0..1 for the `metric`: the share of samples that
-    passed, or the mean score. `use_lower_bound` compares the lower end of the interval at `confidence`. `on_error`: an
+    passed, or the mean score; `overall` None: 1 for what nothing else names. `use_lower_bound` compares the lower end of the interval at `confidence`. `on_error`: an
     error counts as failed, or is left out as long as no more than `errors_max_share` are. Ceilings: None = none; a cost
     that is not known is above every ceiling."""
 
-    overall: float = 1.0
+    overall: float | None = None
     per_grader: dict[str, float] = {}
     metric: Literal["pass_rate", "mean_score"] = "pass_rate"
     use_lower_bound: bool = False
@@ -342,7 +342,11 @@ def _sha(value: Any) -> str:
 
 
 def _check_gate(gate: Gate, graders: set[str], where: str) -> None:
-    thresholds = {"overall": gate.overall, **gate.per_grader, "errors_max_share": gate.errors_max_share}
+    thresholds = {
+        "overall": 1.0 if gate.overall is None else gate.overall,
+        **gate.per_grader,
+        "errors_max_share": gate.errors_max_share,
+    }
     for name, value in thresholds.items():
         if not 0.0 <= value <= 1.0:
             raise InvalidArgument(f"{where}: gate: {name} = {value} does not lie in 0..1")
