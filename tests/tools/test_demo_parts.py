@@ -18,8 +18,8 @@ from mist.cli._demo_traffic import CONTEXT_TOKENS, GENERATED_TOKENS, draw, span_
 from mist.errors import Internal
 from mist.protocol.codec import encode
 from mist.protocol.payloads import TraceSpan
+from mist.tools.matchspec.judging import grade
 from mist.tools.matchspec.results import rows
-from mist.tools.matchspec.run import grade
 from mist.tools.matchspec.suite import load
 from mist.tools.tokentrace.ingest import Options, ingest
 from mist.tools.tokentrace.spans import row_of
@@ -89,7 +89,7 @@ def test_the_suite_has_the_passes_it_was_written_with(tmp_path: Path) -> None:
     """Graders find exactly the answers that were written as right ones, for each of the three kinds."""
     path, right = write_suite(tmp_path / "s", seed=5, samples=300)
     suite = load(path)
-    table = rows((grade(suite, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
+    table = rows((grade(suite.name, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
     assert {r.model: r.passed for r in table} == right
     assert Counter(s.graders for s in suite.harnesses[0].samples) == {
         ("numeric",): 100,

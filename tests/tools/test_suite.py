@@ -13,8 +13,8 @@ from mist.errors import InvalidArgument, NotFound
 from mist.tools.matchspec import gsm8k
 from mist.tools.matchspec.graders import grader
 from mist.tools.matchspec.grading import GradeInput
+from mist.tools.matchspec.judging import grade
 from mist.tools.matchspec.results import rows
-from mist.tools.matchspec.run import grade
 from mist.tools.matchspec.suite import Suite, load
 
 DATA = Path(os.environ.get("MIST_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
@@ -56,7 +56,7 @@ def verdicts(suite: Suite) -> dict[tuple[str, str], tuple[bool, str]]:
     found = {}
     for harness in suite.harnesses:
         for sample in harness.samples:
-            r = grade(suite, harness, sample, "r")
+            r = grade(suite.name, harness, sample, "r")
             found[r.model, sample.id] = (r.passed, r.error)
     return found
 
@@ -78,7 +78,7 @@ def test_without_names_every_grader_must_pass(tmp_path: Path) -> None:
     samples = [{"id": "1", "expected": "4"}]
     suite = load(write(tmp_path, samples=samples, answers=[{"id": "1", "model": "m", "output": "A: 4"}]))
     (harness,) = suite.harnesses
-    result = grade(suite, harness, next(iter(harness.samples)), "r")
+    result = grade(suite.name, harness, next(iter(harness.samples)), "r")
     assert (result.passed, result.score) == (False, 0.5)
     assert [(s.grader, s.passed) for s in result.scores] == [("numeric", True), ("word", False)]
 
@@ -174,7 +174,7 @@ def test_the_published_counts_come_from_the_texts_alone(tmp_path: Path) -> None:
     turned.write_text("".join(json.dumps(r) + "\n" for r in rows_of_file))
     for path in (SOLUTIONS, turned):
         suite = gsm8k.load(path)
-        table = rows((grade(suite, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
+        table = rows((grade(suite.name, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
         assert [(r.model, r.passed, r.total) for r in table] == [(m, n, 1319) for m, n in PUBLISHED.items()]
 
 
@@ -188,7 +188,7 @@ def test_our_verdict_agrees_with_the_published_one_sample_by_sample() -> None:
     for harness in suite.harnesses:
         for sample, row in zip(harness.samples, published, strict=True):
             answer = row[harness.label]
-            assert grade(suite, harness, sample, "r").passed is answer["is_correct"], (sample.id, harness.label)
+            assert grade(suite.name, harness, sample, "r").passed is answer["is_correct"], (sample.id, harness.label)
             by_text += text.grade(GradeInput(output=answer["solution"], expected=sample.expected)).passed
     assert sum(PUBLISHED.values()) - by_text == 10
 
@@ -208,4 +208,4 @@ def test_the_gsm8k_test_file_can_be_the_data_of_a_suite(tmp_path: Path) -> None:
     )
     suite = load(tmp_path / "s.toml")
     (harness,) = suite.harnesses
-    assert sum(grade(suite, harness, s, "r").passed for s in harness.samples) == 1319
+    assert sum(grade(suite.name, harness, s, "r").passed for s in harness.samples) == 1319
