@@ -3,91 +3,23 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mist.cli._eval_judging import RunArg, StreamOption, calibrate, diff, gate, report
+from mist.cli._eval_making import AskOption, NameOption, fork, history, replayed, rescore
+from mist.cli._eval_run import COLUMNS, run
 from mist.cli._tools import LimitOption
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
-from mist.errors import InvalidArgument
-from mist.kit.signals import drained
 
 if TYPE_CHECKING:
     from mist.broker.base import Stream
     from mist.tools.matchspec.results import Run
-    from mist.tools.matchspec.suite import Suite
 
 app = noun("Evals: run a suite, list and compare runs, replay their results.")
-
-COLUMNS = ["suite", "model", "passed", "total", "rate", "ci_low", "ci_high"]
-PARTIAL = 9
-
-
-@app.command()
-async def run(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A suite (.toml), or GSM8K's recorded solutions (.jsonl).")
-    ],
-    name: Annotated[str, typer.Option("--run", metavar="ID", help="The run's id: go on with it, or give it.")] = "",
-    new: Annotated[bool, typer.Option("--new", help="A new run, also where one of this suite is unfinished.")] = False,
-    rate: Annotated[
-        float, typer.Option("--rate", min=0.0, metavar="N", help="At most N samples a second; 0 = no limit.")
-    ] = 0.0,
-    stream: StreamOption = "eval",
-) -> None:
-    """Run a suite; one durable result per sample and model.
-
-    An unfinished run of exactly this suite is gone on with (--new begins another): finished samples are never run
-    again. JSON: [{"suite", "model", "passed", "total", "rate", "ci_low", "ci_high"}], the interval is Wilson's at 95 %.
-    Exit code 9 when samples had no answer to grade; they count as failed.
-
-    Examples:
-      mist eval run suite.toml
-      mist eval run gsm8k_model_solutions.jsonl --format json
-    """
-    from mist.tools.matchspec.run import find_unfinished, new_run_id, run_suite
-
-    session = current()
-    out = session.out
-    suite = load_suite(Path(file))
-    broker, opened = await session.reach(stream, create=True)
-    if not name:
-        name = (not new and await find_unfinished(opened, suite)) or new_run_id(suite.name)
-    out.note(f"run {name}: {suite.total} samples, {len(suite.models)} models, on {broker.url} stream {stream}")
-    session.resume = f"go on with: mist eval run {file} --run {name}"
-    with out.progress("grading", suite.total) as bar:
-        outcome = await drained(
-            lambda stop: run_suite(
-                broker, opened, suite, run=name, stop=stop, rate=rate, on_progress=lambda done, _total: bar.at(done)
-            )
-        )
-    session.resume = ""
-    if outcome.kept:
-        out.note(
-            f"went on after sequence {outcome.resumed_after}: {outcome.kept} results were there, {outcome.ran} are new"
-        )
-    if outcome.run.info.errors:
-        out.warn(f"{outcome.run.info.errors} samples had no recorded answer and count as failed")
-        session.fail_with(PARTIAL)
-    table(session, outcome.run)
-
-
-def load_suite(path: Path) -> Suite:
-    """The suite a file holds: TOML, or recorded solutions recognised by their shape."""
-    from mist.tools.matchspec import gsm8k
-    from mist.tools.matchspec.suite import load
-
-    if path.suffix == ".toml":
-        return load(path)
-    if gsm8k.recognise(path):
-        return gsm8k.load(path)
-    raise InvalidArgument(
-        f"{path} is neither a suite (.toml) nor recorded solutions we know",
-        hint="write a suite file that names it as `data`: docs/how-to/run-an-eval.md",
-    )
+app.command()(run)
 
 
 def table(session: Session, run: Run) -> None:
@@ -178,9 +110,16 @@ async def replay(
     from_: Annotated[
         str, typer.Option("--from", metavar="POS", help="First record: start, N, +N, @TIME, cursor:eval-RUN.")
     ] = "start",
+    suite: Annotated[
+        str, typer.Option("--suite", metavar="FILE", help="Judge what follows again, on the recorded answers.")
+    ] = "",
+    name: NameOption = "",
+    ask: AskOption = "",
     stream: StreamOption = "eval",
 ) -> None:
-    """Read the results of a run again from a position of the eval stream, without running anything.
+    """Read the results of a run again from a position of the eval stream, without running anything; with --suite make a
+    run of its own: results before the position are taken over, the others are judged again on the recorded answers, and no
+    model is asked.
 
     jsonl, csv and raw give one result per line; json gives {"run", "from", "last", "results", "eval": [rows]}, where the
     rows cover what was replayed. A run that was stopped keeps its position as the cursor eval-RUN.
@@ -188,6 +127,7 @@ async def replay(
     Examples:
       mist eval replay basics-20260131-1 --from cursor:eval-basics-20260131-1 --format json
       mist eval replay basics-20260131-1 --from 500 --format jsonl
+      mist eval replay basics-20260131-1 --from 500 --suite suite.toml --run again
     """
     import msgspec
 
@@ -200,6 +140,9 @@ async def replay(
     whole = await read_run(opened, run)
     position = parse_position(from_, now_ns=time.time_ns())
     after = await after_of(position, opened, broker.checkpoints if broker is not None else None, await opened.info())
+    if suite:
+        await replayed(run, suite, name, ask, stream, after)
+        return
     results = []
     last = after
     with out.lines() if out.format in ("jsonl", "csv", "raw") else _Silent() as lines:
@@ -229,5 +172,5 @@ class _Silent:
         return None
 
 
-for _verb in (report, diff, gate, calibrate):
+for _verb in (report, diff, gate, calibrate, rescore, fork, history):
     app.command()(_verb)

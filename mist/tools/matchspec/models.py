@@ -181,7 +181,7 @@ def _aiohttp() -> Any:
     return aiohttp
 
 
-class _Posting:
+class Posting:
     """One pooled HTTP session, made at the first question."""
 
     def __init__(self, url: str) -> None:
@@ -224,7 +224,7 @@ class _OverHttp:
 
     def __init__(self, url: str) -> None:
         self._url = url if urlsplit(url).path not in ("", "/") else url.rstrip("/") + "/mist"
-        self._http = _Posting(url)
+        self._http = Posting(url)
 
     async def ask(self, q: Question) -> Envelope:
         headers = {"Content-Type": "application/json", "traceparent": q.request.traceparent}
@@ -243,7 +243,7 @@ class _Endpoint:
     def __init__(self, spec: Http, label: str) -> None:
         self._spec = spec
         self._label = label
-        self._http = _Posting(spec.endpoint)
+        self._http = Posting(spec.endpoint)
         self._headers = {"Content-Type": "application/json", **spec.headers}
         if spec.api_key_env:
             key = os.environ.get(spec.api_key_env, "")

@@ -49,7 +49,7 @@ def report(text: str = "no", failed: int = 7, **more: object) -> Report:
 
 def test_the_text_has_a_row_per_grader_and_the_first_five_failures() -> None:
     text = render(report(), "text")
-    assert "  exact  0.300  ✗ (≥0.800)  [0.100, 0.600]  n=10  DELTA -0.500  baseline 0.400 -0.100 (p=0.04)" in text
+    assert "  exact  0.300  ✗ (≥0.800)  [0.100, 0.600]  3 of 10  DELTA -0.500  baseline 0.400 -0.100 (p=0.04)" in text
     assert "failing examples (5 of 7):" in text
     assert '  q4: expected "yes", got "no" (exact: no)' in text
     assert "q5" not in text

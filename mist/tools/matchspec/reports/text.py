@@ -48,7 +48,7 @@ def _row(grade: Grade, several: bool, width: int, marks: tuple[str, str, str], c
     )
     wanted = "" if grade.threshold is None else f" ({at_least}{grade.threshold:.3f})"
     line = f"  {_name(grade, several):<{width}}  {number(grade.score)}  {mark}{wanted}"
-    line += f"  [{number(grade.ci_lower)}, {number(grade.ci_upper)}]  n={grade.n}"
+    line += f"  [{number(grade.ci_lower)}, {number(grade.ci_upper)}]  {_of(grade)}"
     if grade.metric != "pass_rate":
         line += f"  {grade.metric}"
     if grade.errors:
@@ -59,6 +59,13 @@ def _row(grade: Grade, several: bool, width: int, marks: tuple[str, str, str], c
         line += f"  baseline {number(grade.baseline_score)} {grade.delta:+.3f}"
         line += "" if grade.p_value is None else f" (p={grade.p_value:.3g})"
     return line
+
+
+def _of(grade: Grade) -> str:
+    """How many passed, where that is what the score says."""
+    if grade.score is not None and grade.metric == "pass_rate" and grade.passed_n == round(grade.score * grade.n, 6):
+        return f"{grade.passed_n} of {grade.n}"
+    return f"n={grade.n}"
 
 
 def _examples(report: Report, show_all: bool) -> list[str]:
