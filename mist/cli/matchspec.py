@@ -102,7 +102,7 @@ def _serve(args: list[str]) -> list[str]:
         out.append(f"--suites{equals}{value}" if name == "--config" else word)
     if not any(word.partition("=")[0] == "--tools" for word in out):
         out += ["--tools", "matchspec"]
-    return [*out, "--usual-listen", f"{host}:{port}", "--usual-stream", "eval"]
+    return [*out, "--usual-listen", f"{host}:{port}"]
 
 
 def code(found: int) -> int:

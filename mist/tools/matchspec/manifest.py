@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -25,9 +26,13 @@ def manifest_for(
     baseline_run: str = "",
     infer_stream: str = "",
     infer_after: int = 0,
+    tasks: Sequence[str] = (),
+    tags: Mapping[str, str] | None = None,
 ) -> Manifest:
     return Manifest(
         suite=suite.name,
+        tasks=list(tasks),
+        tags=dict(tags or {}),
         baseline=bool(baseline_run),
         run=run,
         digest=suite.digest,

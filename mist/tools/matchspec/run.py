@@ -24,7 +24,7 @@ import hashlib
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 
@@ -219,15 +219,23 @@ class Runner:
 
     # what is there already
 
-    async def begin(self, parent: Parent | None, baseline: str) -> None:
-        """The manifest, and what is finished."""
+    async def begin(
+        self,
+        parent: Parent | None = None,
+        baseline: str = "",
+        *,
+        tasks: Sequence[str] = (),
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """The manifest, and what is finished. A new run's manifest says `tasks` and `tags`: which part of a suite this is,
+        for who has to find it again."""
         try:
             head = await read_head(self.stream, self.run)
             fresh = False
         except NotFound:
             manifest = manifest_for(
                 self.suite, self.run, parent=parent, baseline_run=baseline, infer_stream=self._infer_stream,
-                infer_after=await self._answers_end(),
+                infer_after=await self._answers_end(), tasks=tasks, tags=tags,
             )  # fmt: skip
             await again(lambda: self.stream.append([manifest_message(manifest)]))
             head = await read_head(self.stream, self.run)
