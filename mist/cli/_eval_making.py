@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mist.cli._eval_judging import RunArg, StreamOption
-from mist.cli._eval_run import COLUMNS, PARTIAL, load_suite
+from mist.cli._eval_run import COLUMNS, PARTIAL
 from mist.cli._tools import LimitOption
 from mist.cli.session import Session, current
 from mist.kit.signals import drained
@@ -37,6 +37,7 @@ async def rescore(
     """
     from mist.cli._ask import hands
     from mist.tools.matchspec.derive import rescore as derive
+    from mist.tools.matchspec.load import load_suite
     from mist.tools.matchspec.run import new_run_id
 
     session = current()
@@ -91,6 +92,7 @@ async def replayed(run: str, suite: str, name: str, ask: str, stream: str, after
 
 async def _derived(derive: Any, run: str, suite: str, name: str, ask: str, stream: str, **more: int) -> None:
     from mist.cli._ask import hands
+    from mist.tools.matchspec.load import load_suite
     from mist.tools.matchspec.run import new_run_id
 
     session = current()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +23,12 @@ if TYPE_CHECKING:
     from mist.tools.matchspec.graders.hands import Hands
     from mist.tools.matchspec.reports import Report
     from mist.tools.matchspec.run import Outcome
+    from mist.tools.matchspec.settings import MatchSpecSettings
     from mist.tools.matchspec.suite import Suite
 
 COLUMNS = ["suite", "model", "passed", "total", "rate", "ci_low", "ci_high"]
 PARTIAL = 9
+_RESULT = re.compile(r"-([0-9]{8}-[0-9]{6})\.(?:json|xml|md|txt|html)$")
 
 
 async def run(
@@ -91,6 +96,7 @@ async def run(
     config: Annotated[
         str, typer.Option("--config", metavar="FILE", help="The configuration, where no PATH is given.")
     ] = "",
+    write: Annotated[bool, typer.Option("--write", hidden=True, help="To the directory of the settings.")] = False,
     stream: StreamOption = "eval",
 ) -> None:
     """Run suites; one durable result per sample, model and repeat.
@@ -110,7 +116,10 @@ async def run(
     from mist.tools.matchspec.run import Limits
 
     session = current()
-    suites = chosen(load(paths or [], config), suite or [], tags)
+    loaded, settings = load(paths or [], config)
+    suites = chosen(loaded, suite or [], tags)
+    if write and not output_dir:
+        output_dir, as_ = settings.output.dir, as_ or Format(settings.output.format)
     suites = [tuned(s, concurrency=concurrency, timeout_s=sample_timeout, epochs=epochs) for s in suites]
     if name and len(suites) > 1:
         raise InvalidArgument(f"--run names one run, there are {len(suites)} suites", hint="choose one with --suite")
@@ -134,6 +143,8 @@ async def run(
 
                 found = await report_of(opened, id, gate=one.gate, baseline=baseline, complete=not outcome.stopped)
                 _written(found, output_dir, as_, badge)
+                if write and settings.output.retain_days:
+                    _retired(Path(output_dir), settings.output.retain_days, time.time())
             rows += _rows(outcome)
             if judged and found is not None:
                 if session.out.format == "table":
@@ -150,26 +161,21 @@ async def run(
         session.out.rows(rows, COLUMNS)
 
 
-def load(paths: Sequence[str], config: str) -> list[Suite]:
-    """The suites of these files, or of the configuration where none is named."""
+def load(paths: Sequence[str], config: str) -> tuple[list[Suite], MatchSpecSettings]:
+    """The suites of these files, or of the configuration where none is named, and the settings in force (those of the first
+    file)."""
+    from mist.tools.matchspec.load import load as read
+    from mist.tools.matchspec.settings import find_config
+
     if not paths:
-        raise InvalidArgument("which suite?", hint="mist eval run SUITE.toml")
-    return [load_suite(Path(path)) for path in paths]
-
-
-def load_suite(path: Path) -> Suite:
-    """The suite a file holds: TOML, or recorded solutions recognised by their shape."""
-    from mist.tools.matchspec import gsm8k
-    from mist.tools.matchspec.suite import load
-
-    if path.suffix == ".toml":
-        return load(path)
-    if gsm8k.recognise(path):
-        return gsm8k.load(path)
-    raise InvalidArgument(
-        f"{path} is neither a suite (.toml) nor recorded solutions we know",
-        hint="write a suite file that names it as `data`: docs/how-to/run-an-eval.md",
-    )
+        found = find_config(config)
+        if found is None:
+            raise NotFound(
+                "no suite is named, and there is no matchspec.yml", hint="mist eval run SUITE.toml, or `mist eval init`"
+            )
+        paths = [str(found)]
+    loaded = [read(Path(path)) for path in paths]
+    return [suite for one in loaded for suite in one.suites], loaded[0].settings
 
 
 def chosen(suites: list[Suite], names: Sequence[str], tags: str) -> list[Suite]:
@@ -297,6 +303,15 @@ def _written(report: Report, output_dir: str, as_: Format | None, badge: str) ->
         write_text(Path(badge), drawing.write(report))
 
 
+def _retired(directory: Path, days: int, now_s: float) -> None:
+    """Result files of ours that are older go, by the time in their names."""
+    before = datetime.fromtimestamp(now_s - days * 86400, UTC).strftime("%Y%m%d-%H%M%S")
+    for path in directory.iterdir():
+        found = _RESULT.search(path.name)
+        if found is not None and found[1] < before:
+            path.unlink(missing_ok=True)
+
+
 def name_of(paths: Sequence[str] | None) -> str:
     import shlex
 
@@ -314,8 +329,6 @@ async def _plan(
     retry_errors: bool,
 ) -> None:
     """What a run would do, in rows; makes nothing."""
-    import time
-
     import msgspec
 
     from mist.protocol.url import parse_url

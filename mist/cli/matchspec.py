@@ -2,12 +2,12 @@
 `serve`. Exit codes: 0 all thresholds met, 1 a suite failed, 2 configuration or usage, 3 runtime (nothing could be judged,
 a broker or file system failed), 130/143 interrupted.
 
-`run` judges, and writes a result file to .matchspec/results (MATCHSPEC_OUTPUT_DIR, --output-dir, --no-write).
+`run` judges, and writes a result file to .matchspec/results (or as MATCHSPEC_OUTPUT_DIR,
+matchspec.yml or --output-dir say; not with --no-write).
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,6 @@ from mist.cli import main as mist
 from mist.errors import MistError
 
 LISTEN = "127.0.0.1:8090"
-RESULTS = ".matchspec/results"
 HELP = """\
 Usage: matchspec COMMAND [ARGS]...
 
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb == "serve":
         return code(mist.main([*given, "up", *_serve(after)]))
     if verb == "run":
-        return code(mist.main([*given, "eval", "run", *_run(after, os.environ)]))
+        return code(mist.main([*given, "eval", "run", *_run(after)]))
     if verb == "report":
         after = renamed(after, _REPORT)
     found = mist.main([*given, "eval", verb, *after])
@@ -62,17 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2 if verb == "validate" and found == 10 else code(found)
 
 
-def _run(args: list[str], env: Mapping[str, str]) -> list[str]:
+def _run(args: list[str]) -> list[str]:
     out = renamed(args, _RUN)
     words = {word.partition("=")[0] for word in out}
     if "--help" in words or "-h" in words:
         return out
     if "--no-write" in words:
         out = [word for word in out if word != "--no-write"]
-    elif "--output-dir" not in words and "--dry-run" not in words:
-        out += ["--output-dir", env.get("MATCHSPEC_OUTPUT_DIR") or RESULTS]
-    if "--as" not in words and (format := env.get("MATCHSPEC_OUTPUT_FORMAT")):
-        out += ["--as", format]
+    elif "--dry-run" not in words:
+        out.append("--write")
     return [*out, "--judge"]
 
 

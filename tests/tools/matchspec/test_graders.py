@@ -266,8 +266,8 @@ def test_an_unknown_grader_names_the_nearest() -> None:
         grader({"type": "rouge-l"})
     with pytest.raises(InvalidArgument, match=r"known: exact, contains"):
         grader({"type": 7})
-    with pytest.raises(InvalidArgument, match=r"unknown key 'patern'. did you mean 'pattern'"):
-        grader({"type": "regex", "patern": "x"})
+    with pytest.raises(InvalidArgument, match=r"unknown key 'patterm'. did you mean 'pattern'"):
+        grader({"type": "regex", "patterm": "x"})
 
 
 def test_the_list_above_has_every_grader() -> None:
