@@ -47,7 +47,8 @@ class Verdict(Struct, frozen=True, gc=False):
 
 @runtime_checkable
 class Grader(Protocol):
-    """`name` is what samples, gates and results call it. `negate`: a verdict counts turned round (`score` as 1 - score).
+    """`name` is what samples, gates and results call it. `negate`: a verdict counts turned round (`score` as 1 - score),
+    but for one without an answer: nothing to compare is a failure either way.
     `weight`: its part of the sample's score; all graders of a harness have one, or none. `threshold`: what its
     aggregate over the harness must reach at the gate (None = what the gate says)."""
 
@@ -96,7 +97,7 @@ def score_of(grader: Grader, verdict: Verdict) -> Score:
     if not 0.0 <= verdict.score <= 1.0:
         raise InvalidArgument(f"grader {grader.name}: a score of {verdict.score} does not lie in 0..1")
     reason = verdict.reason[:REASON_CHARS_MAX]
-    if grader.negate:
+    if grader.negate and verdict.answer is not None:
         return Score(grader.name, 1.0 - verdict.score, not verdict.passed, reason)
     return Score(grader.name, verdict.score, verdict.passed, reason)
 
