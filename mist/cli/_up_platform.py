@@ -33,6 +33,8 @@ _access = logging.getLogger("mist.access")
 NAME = "mist"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 Tool = Callable[["Platform"], Awaitable[None]]
+Answerer = Callable[[Envelope, Mapping[bytes, bytes]], Awaitable[Envelope]]
+"""What answers an envelope at the door, given its request's headers."""
 
 
 class Platform(Unit):
@@ -49,6 +51,7 @@ class Platform(Unit):
         stream: str,
         config: StreamConfig | None,
         say: Say,
+        answers: dict[str, Answerer],
     ) -> None:
         super().__init__(name)
         self.broker = broker
@@ -59,10 +62,16 @@ class Platform(Unit):
         self.say: Say = lambda text: say(f"{name}: {text}")
         self.facts: Callable[[], dict[str, Any]] = dict
         self.doors: dict[str, App] = {}
+        self.answers = answers
+        """Of all tools together: type of an envelope -> what answers one that comes alone to the door."""
 
-    def reply(self, envelope: Envelope) -> Envelope | None:
-        """What an envelope is answered with instead of being stored: a `health.ping` with a `health.pong`."""
-        return self._health.pong(envelope) if envelope.type == HEALTH_PING else None
+    def reply(self, envelope: Envelope, headers: Mapping[bytes, bytes]) -> Envelope | Awaitable[Envelope] | None:
+        """What an envelope is answered with instead of being stored: a `health.ping` with a `health.pong`, and what a tool
+        has an answer for."""
+        if envelope.type == HEALTH_PING:
+            return self._health.pong(envelope)
+        answer = self.answers.get(envelope.type)
+        return answer(envelope, headers) if answer is not None else None
 
     def down(self, reason: str) -> None:
         super().down(reason)
@@ -167,8 +176,11 @@ async def run(
         running.broker = broker = await life.connected(connect, wait_s=wait_s)
         if broker is None:
             return {}
+        answers: dict[str, Answerer] = {}
         for name, tool in tools.items():
-            platform = Platform(name, broker, running.health, running.metrics, stream=stream, config=config, say=say)
+            platform = Platform(
+                name, broker, running.health, running.metrics, stream=stream, config=config, say=say, answers=answers
+            )
             running.add(platform)
             life.supervise(platform, partial(tool, platform))
         if await life.ready():

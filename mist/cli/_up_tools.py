@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
 
+from mist.broker.base import ConsumerConfig, Stream
 from mist.cli._up_platform import Platform, Tool
 from mist.client.blobs import beside, outlining
+from mist.client.serving import serve
+from mist.errors import InvalidArgument, MistError
 from mist.kit.prices import load_prices
+from mist.kit.waiting import sleep_unless
 from mist.protocol.envelope import Envelope
+from mist.protocol.payloads import HEALTH_PING, INFER_REQUEST, TRACE_SPAN
 from mist.protocol.subject import subject_for
-from mist.protocol.url import redact
+from mist.protocol.url import Url, redact
+from mist.tools.infermux.settings import InferMuxSettings
 from mist.tools.tokentrace import bare
 from mist.tools.tokentrace.alerts.rules import Rule
 from mist.tools.tokentrace.intake import Intake
@@ -22,7 +29,7 @@ from mist.tools.tokentrace.service import Retention, Service
 from mist.tools.tokentrace.settings import TokenTraceSettings
 from mist.tools.tokentrace.stats import Metrics
 from mist.tools.tokentrace.store import Store
-from mist.transport import server
+from mist.transport import dial, server
 from mist.transport.body import Limits
 
 DOOR = "/mist"
@@ -174,3 +181,125 @@ def alerts(store: Callable[[], Path | str], *, rules: Sequence[Rule]) -> Tool:
             await watch(opened, append, rules, stop=platform.stop, on_event=platform.say, on_start=started)
 
     return run
+
+
+ASKED = (INFER_REQUEST, f"{INFER_REQUEST}.>", HEALTH_PING)
+LOCAL = frozenset({"127.0.0.1", "::1", "localhost"})
+AGAIN_S = 5.0
+"""Before a broker that is away for long is asked again for requests; calls by HTTP go on meanwhile."""
+
+
+def infermux(
+    store: Callable[[], Path | str],
+    *,
+    settings: InferMuxSettings,
+    url: Url,
+    limits: Limits,
+    host: str = "127.0.0.1",
+    door: bool = False,
+    tokentrace: str = "",
+) -> Tool:
+    """The inference router: OpenAI's routes and its own, `infer.request` at `/mist` and from a stream; its calls into the
+    streams of `infermux.stream` and of the platform, and their spans to another TokenTrace where a URL is given. `door`: the
+    tool of that name serves `/mist`."""
+
+    from mist.tools.infermux.budgets import Ledger
+    from mist.tools.infermux.handler import handler
+    from mist.tools.infermux.router import Router
+    from mist.tools.infermux.service import InferMux, watch
+
+    if not (settings.keys or settings.open or host in LOCAL):
+        raise InvalidArgument(
+            f"without keys the router answers this machine alone, not {host}",
+            hint="keys in [infermux] of mist.toml, or open = true",
+        )
+    place = Path(store())
+    prices = load_prices(Path(settings.prices)) if settings.prices else None
+    now: list[InferMux] = []
+
+    async def requests(platform: Platform, service: InferMux) -> None:
+        asked = Url(url.scheme, url.target, (("stream", settings.requests), ("consumer", "infermux")))
+        await serve(
+            handler(service.calls), asked, out=settings.stream, stop=platform.stop, concurrency=settings.workers,
+            config=ConsumerConfig(subjects=ASKED), drain_s=float(settings.drain),
+            report=lambda error, id: platform.say(f"request {id}: {error}"),
+        )  # fmt: skip
+
+    async def run(platform: Platform) -> None:
+        trace = await platform.stream()
+        infer = await platform.broker.open(settings.stream)
+        ledger = await Ledger.open(place)
+        try:
+            router = Router.from_settings(settings, prices=prices, ledger=ledger)
+            service = InferMux(
+                settings, router, infer=infer, trace=trace, ledger=ledger, metrics=platform.metrics, say=platform.say
+            )
+        except BaseException:
+            await ledger.aclose()
+            raise
+        if not now:  # a tool that is started again keeps its metrics
+            watch(platform.metrics, lambda: now[0])
+        now[:] = [service]
+        try:
+            platform.facts = service.facts
+            platform.answers[INFER_REQUEST] = service.answer
+            platform.doors |= service.doors()
+            if not door:
+                platform.doors[DOOR] = server.ingest(_requests_only, path=DOOR, limits=limits, reply=platform.reply)
+            async with asyncio.TaskGroup() as group:
+                if settings.requests:
+                    group.create_task(_away(platform, lambda: requests(platform, service)))
+                if tokentrace:
+                    group.create_task(_away(platform, lambda: _forward(platform, trace, tokentrace)))
+                platform.ready.set()
+                await platform.stop.wait()
+        except* MistError as found:
+            raise found.exceptions[0] from None
+        finally:
+            platform.answers.pop(INFER_REQUEST, None)
+            await service.aclose(float(settings.drain))
+
+    return run
+
+
+async def _away(platform: Platform, work: Callable[[], Awaitable[None]]) -> None:
+    """Work that stands on a broker or another service, again after it was away: what does not need that goes on."""
+    while not platform.stop.is_set():
+        try:
+            await work()
+        except MistError as exc:
+            if not exc.retryable:
+                raise
+            platform.say(f"{exc}; trying again in {AGAIN_S:g} s")
+            await sleep_unless(AGAIN_S, platform.stop)
+
+
+async def _requests_only(envelopes: list[Envelope]) -> Sequence[int]:
+    """The sink of a door that answers and stores nothing."""
+    if len(envelopes) > 1:
+        raise InvalidArgument("one request at a time is answered here", hint="POST /mist with one envelope")
+    raise InvalidArgument(f"expected type {INFER_REQUEST}, got {envelopes[0].type}", meta={"id": envelopes[0].id})
+
+
+async def _forward(platform: Platform, trace: Stream, to: str) -> None:
+    """The router's spans out of the stream to another TokenTrace, each until it is there."""
+    from mist.client.worker import Delivered, Worker
+    from mist.tools.infermux.envelopes import SOURCE
+
+    subjects = (subject_for(TRACE_SPAN, SOURCE),)
+    async with await dial(to) as other:
+
+        async def send(items: list[Delivered]) -> None:
+            try:
+                await other.send_many([item.envelope for item in items])
+            except MistError as exc:
+                if exc.retryable:
+                    raise
+                if len(items) > 1:  # one of them is the reason
+                    for item in items:
+                        await send([item])
+                else:
+                    items[0].term(f"{exc.code}: {exc.message}")
+
+        consumer = await trace.consumer("infermux-tokentrace", ConsumerConfig(subjects=subjects, attempts_max=0))
+        await Worker(consumer, batch_handler=send, batch_max=500).run(platform.stop)

@@ -52,6 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("mist.cli.bench:app", "Measure rates and latencies"),
     "trace": ("mist.cli.trace:app", "Traces: ls, show, tail, stats, errors, ingest, export"),
     "eval": ("mist.cli.eval:app", "Eval runs: run, ls, show, diff, replay, gate"),
+    "infer": ("mist.cli.infer:app", "Ask models through the router: chat, route, providers, status"),
 }
 ALIASES = {"s": "stream", "c": "consumer"}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mist import config
 from mist.config import MistConfig
+from mist.tools.infermux import settings as infermux
+from mist.tools.infermux.settings import InferMuxSettings
 from mist.tools.tokentrace import settings as tokentrace
 from mist.tools.tokentrace.settings import TokenTraceSettings
 
@@ -12,6 +14,7 @@ class Settings(MistConfig, frozen=True, kw_only=True):
     """mist.toml as a whole: what MistConfig says, and one table for each tool."""
 
     tokentrace: TokenTraceSettings = TokenTraceSettings()
+    infermux: InferMuxSettings = InferMuxSettings()
 
 
-TEMPLATE = config.TEMPLATE + tokentrace.TEMPLATE
+TEMPLATE = config.TEMPLATE + tokentrace.TEMPLATE + infermux.TEMPLATE

@@ -27,6 +27,7 @@ TOOLS: dict[str, tuple[str, str]] = {
     "tokentrace": ("mist.cli._up_tools:tokentrace", "spans of the stream into the store of `mist trace`"),
     "otlp": ("mist.cli._up_tools:otlp", "POST /v1/traces, and gRPC: OpenTelemetry's spans into the stream"),
     "alerts": ("mist.cli._up_tools:alerts", "the alert rules of mist.toml, over the store"),
+    "infermux": ("mist.cli._up_tools:infermux", "the inference router: /v1/chat/completions, /infer, requests of a stream"),
 }
 """name -> (a function that takes `store()`, which gives the path of a store of that name, and returns a Tool; what it
 does). The tools of later issues are lines here."""
@@ -70,6 +71,10 @@ async def command(
         str,
         typer.Option("--otlp-grpc", metavar="HOST:PORT", help="Where to take OTLP over gRPC too; 4317 is usual."),
     ] = "",
+    tokentrace: Annotated[
+        str,
+        typer.Option("--tokentrace", metavar="URL", help="Send the router's spans to this TokenTrace as well, durably."),
+    ] = "",
     durability: Annotated[
         Level | None, typer.Option("--durability", help="Of the stream: what an acknowledged envelope survives.")
     ] = None,
@@ -91,8 +96,9 @@ async def command(
 
     When all is ready the addresses are printed: envelopes are posted to /mist, OpenTelemetry's spans to /v1/traces;
     /healthz says that the process lives, /readyz that the broker answers and every tool works (200, else 503 with the
-    reason), /startupz that it once did; /metrics is for Prometheus, /metricsz the same as JSON. There is no authentication:
-    listen on an address that only friends reach. What no option says is taken from [tokentrace] of mist.toml.
+    reason), /startupz that it once did; /metrics is for Prometheus, /metricsz the same as JSON. There is no authentication
+    but the router's keys ([infermux] of mist.toml): listen on an address that only friends reach. What no option says is
+    taken from [tokentrace] of mist.toml, for the router alone from [infermux].
 
     What it says goes to stderr: as sentences, or with --log-format json or text as structured lines without secrets.
 
@@ -104,6 +110,7 @@ async def command(
       mist up -u log:./data --listen 127.0.0.1:9000
       mist up -u nats://localhost:4222 --tools tokentrace
       mist up --otlp-grpc 127.0.0.1:4317
+      mist up --tools infermux --listen 127.0.0.1:8600
       mist up -u nats://a:4222,b:4222,c:4222 --durability replicated
     """
     from mist.broker.base import StreamConfig
@@ -118,11 +125,16 @@ async def command(
     out = session.out
     chosen = _chosen(tools)
     settings = session.config.tokentrace
+    router = session.config.infermux
     if not listen:
-        listen = settings.listen if session.origins["tokentrace.listen"] != "default" else usual_listen
+        table = "infermux" if chosen == ["infermux"] else "tokentrace"
+        set_there = session.origins[f"{table}.listen"] != "default"
+        listen = (router if table == "infermux" else settings).listen if set_there else usual_listen
     stream = stream or settings.stream
     store = store or settings.store
     host, port = parse_address(listen)
+    if tokentrace and "infermux" not in chosen:
+        raise InvalidArgument("--tokentrace is for the tool infermux, which is not among the chosen ones")
     if otlp_grpc and "otlp" not in chosen:
         raise InvalidArgument("--otlp-grpc is for the tool otlp, which is not among the chosen ones")
     intake = Intake(settings.redact, settings.sample)  # one for all doors: they share its rates
@@ -135,17 +147,25 @@ async def command(
         "otlp": {"intake": intake, "limits": limits, "grpc_listen": otlp_grpc or settings.otlp_grpc},
         "tokentrace": {"settings": settings},
         "alerts": {"rules": configured(settings) if "alerts" in chosen else ()},
-    }
+        "infermux": {
+            "settings": router, "url": session.url, "limits": limits, "door": "door" in chosen, "tokentrace": tokentrace,
+            "host": host,
+        },
+    }  # fmt: skip
+    stores = {"infermux": router.store}
     made: dict[str, Tool] = {}
     for name in chosen:
         try:
             made[name] = _load(TOOLS[name][0])(
-                lambda name=STORES.get(name, name): store_path(session.url, name, store), **options.get(name, {})
+                lambda name=STORES.get(name, name): store_path(session.url, name, stores.get(name, store)),
+                **options.get(name, {}),
             )
         except InvalidArgument as exc:
-            if tools or otlp_grpc or name != "otlp":
+            asked_for = tools or (name == "otlp" and otlp_grpc) or (name == "infermux" and tokentrace)
+            if asked_for or name not in ("otlp", "infermux"):
                 raise
-            out.warn(f"otlp is left out: {exc}")  # nobody asked for it by name, and its extra is not installed
+            # nobody asked for it by name; its extra is not installed, or it may not be open to everybody
+            out.warn(f"{name} is left out: {exc}")
 
     def on_ready(url: str, running: Running) -> None:
         addresses: dict[str, Any] = {"broker": session.url.redacted(), "stream": stream, "tools": list(made)}

@@ -12,6 +12,7 @@ it refuses) is not a failure.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -99,14 +100,8 @@ class Breaker:
 
     async def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """`await function()`, if the breaker lets it through. Raises CircuitOpen otherwise."""
-        state = self.state
-        if state == "open":
-            self._reject(max(0.0, self._open_until - self._clock()))
-        if state == "half-open":
-            if self._probes >= self._policy.probes_max:
-                self._reject(min(1.0, self._policy.open_s))
-            self._probes += 1
-        generation, began = self._generation, self._clock()
+        generation = self.enter()
+        began = self._clock()
         try:
             result = await function()
         except Exception as exc:
@@ -114,28 +109,64 @@ class Breaker:
             try:
                 failed = self._classify(exc)
             finally:  # also when the caller's classifier fails: a probe is always given back
-                self._settle(generation, not failed)
+                self.leave(generation, not failed)
             raise
         except BaseException:
             slow = self._clock() - began >= self._policy.slow_s
-            self._settle(generation, False if slow else None)
+            self.leave(generation, False if slow else None)
             raise
-        self._settle(generation, True)
+        self.leave(generation, True)
         return result
+
+    @property
+    def retry_after_s(self) -> float:
+        """How long it stays open; 0 when it is not."""
+        return max(0.0, self._open_until - self._clock()) if self.state == "open" else 0.0
+
+    @property
+    def admits(self) -> bool:
+        """Whether `enter` would let a call through now."""
+        state = self.state
+        return state == "closed" or (state == "half-open" and self._probes < self._policy.probes_max)
+
+    def enter(self) -> int:
+        """Begin what is not one awaitable, a stream for example. Raises CircuitOpen. What it returns is to be given to
+        `leave`, once, whatever happens."""
+        state = self.state
+        if state == "open":
+            self._reject(max(0.0, self._open_until - self._clock()))
+        if state == "half-open":
+            if self._probes >= self._policy.probes_max:
+                self._reject(min(1.0, self._policy.open_s))
+            self._probes += 1
+        return self._generation
+
+    def trip(self, *, until_reset: bool = False) -> None:
+        """Open now, however few calls failed: for a fault that somebody has to look at, or by hand."""
+        self._open()
+        if until_reset:
+            self._open_until = math.inf
+
+    def reset(self) -> None:
+        """Close, and forget what failed."""
+        self._open_s = self._policy.open_s
+        self._change("closed")
 
     def _reject(self, retry_after_s: float) -> None:
         self._rejections += 1
+        if retry_after_s == math.inf:
+            raise CircuitOpen(f"{self.name}: the circuit was opened by hand", hint="it is open until it is reset")
         raise CircuitOpen(
             f"{self.name}: the circuit is open, too many calls failed", retry_after_s=retry_after_s,
             hint=f"it is tried again in {retry_after_s:.1f} s",
         )  # fmt: skip
 
-    def _settle(self, generation: int, worked: bool | None) -> None:
-        """Take a call's outcome in; None = it says nothing."""
+    def leave(self, entered: int, worked: bool | None) -> None:
+        """Take the outcome of what began with `enter` in; None = it says nothing."""
         if worked is not None:
             self._successes += worked
             self._failures += not worked
-        if generation != self._generation:
+        if entered != self._generation:
             return  # it began in another state
         if self._state == "half-open":
             self._probes -= 1

@@ -67,8 +67,9 @@ class Exchange(ABC):
     def feed(self, data: bytes) -> None: ...
 
     @abstractmethod
-    def end(self, respond: Respond) -> None:
-        """The body is complete. Answer through `respond`, now or later, on this loop."""
+    def end(self, respond: Respond) -> bytes | None:
+        """The body is complete. Answer through `respond`, now or later, on this loop. A body that is given back goes to the
+        app with its request, which is then none of the door's: for answers in pieces."""
 
     @abstractmethod
     def left(self) -> None:
@@ -95,7 +96,7 @@ class _Turn:
 
     __slots__ = (
         "answer", "app", "began_s", "cut", "door", "exchange", "expect", "headers", "keep_alive", "method", "over", "path",
-        "version",
+        "target", "version",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -110,6 +111,7 @@ class _Turn:
         self.over = False  # answered as far as the door or app is concerned
         self.cut = False  # answered before its body was through
         self.method = self.path = ""
+        self.target: tuple[bytes, str, bytes, bytes] | None = None  # method, path, raw path, query: for the app
         self.began_s = 0.0
 
 
@@ -314,6 +316,7 @@ class Http1(asyncio.Protocol):
             self._to_app(turn, parser.get_method(), text, path, query)
             return
         turn.door = door
+        turn.target = parser.get_method(), text, path, query
         if self._answered is not None:
             turn.method, turn.path, turn.began_s = parser.get_method().decode("latin-1"), text, self._loop.time()
         self._wait("body", door.body_s_max)
@@ -350,9 +353,12 @@ class Http1(asyncio.Protocol):
             self._stop_reading()
         if turn.exchange is not None:
             try:
-                turn.exchange.end(lambda status, body, headers: self._respond(turn, status, body, headers))
+                given_back = turn.exchange.end(lambda status, body, headers: self._respond(turn, status, body, headers))
             except Exception as exc:
                 self._door_refuses(turn, exc)
+            else:
+                if given_back is not None:
+                    self._give_to_app(turn, given_back)
         elif turn.app is not None:
             turn.app.body_ended()
 
@@ -445,6 +451,17 @@ class Http1(asyncio.Protocol):
         turn.app = AppCall(self, turn, scope)
         if self._turns[0] is turn:
             turn.app.start()
+
+    def _give_to_app(self, turn: _Turn, body: bytes) -> None:
+        """A door does not want this one."""
+        assert turn.exchange is not None and turn.target is not None  # noqa: S101, PT018
+        turn.exchange.left()
+        turn.exchange = turn.door = None
+        turn.path = ""  # the app is seen by itself
+        self._to_app(turn, *turn.target)
+        assert turn.app is not None  # noqa: S101
+        turn.app.body_came(body)
+        turn.app.body_ended()
 
     def run_app(self, call: AppCall) -> None:
         task = self._loop.create_task(call.run(self._config.loaded_app))

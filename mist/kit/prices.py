@@ -41,6 +41,16 @@ class Price(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, renam
     provider: str = ""
     from_: datetime.date = datetime.date(1970, 1, 1)
 
+    def cost_usd(self, tokens_in: int | None, tokens_out: int | None, tokens_cached: int | None = None) -> float | None:
+        """US dollars, or None where a count that is needed is not known. `tokens_cached` is a part of `tokens_in`."""
+        if tokens_in is None or (self.output_per_million is not None and tokens_out is None):
+            return None
+        cached = min(tokens_cached or 0, tokens_in) if self.cached_input_per_million is not None else 0
+        dollars = (tokens_in - cached) * self.input_per_million
+        dollars += cached * (self.cached_input_per_million or 0.0)
+        dollars += (tokens_out or 0) * (self.output_per_million or 0.0)
+        return dollars / _MILLION
+
 
 class _File(Struct, frozen=True, forbid_unknown_fields=True):
     price: list[Price] = []
@@ -86,13 +96,7 @@ class Prices:
     ) -> float | None:
         """US dollars, or None where it cannot be known. `tokens_cached` is a part of `tokens_in`."""
         price = self.find(provider, model, time_ns)
-        if price is None or tokens_in is None or (price.output_per_million is not None and tokens_out is None):
-            return None
-        cached = min(tokens_cached or 0, tokens_in) if price.cached_input_per_million is not None else 0
-        dollars = (tokens_in - cached) * price.input_per_million
-        dollars += cached * (price.cached_input_per_million or 0.0)
-        dollars += (tokens_out or 0) * (price.output_per_million or 0.0)
-        return dollars / _MILLION
+        return price.cost_usd(tokens_in, tokens_out, tokens_cached) if price is not None else None
 
 
 def _fits(price: Price, provider: str, model: str) -> bool:

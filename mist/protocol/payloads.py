@@ -2,7 +2,7 @@
 
 Field order is the order on the wire. A plain default is omitted from the wire while it holds, as the seed omits an empty
 value; a field made by `always` is written whatever it holds. Decoding is lenient, as the seed's: unknown keys are
-ignored, absent ones are empty or zero. Integers fit 64 bits. Money may be `None`: unknown is not zero.
+ignored, absent ones are empty or zero. Integers fit 64 bits. Money and tokens may be `None`: unknown is not zero.
 """
 
 from __future__ import annotations
@@ -37,9 +37,15 @@ def _none() -> None:
     return None
 
 
-class ChatMessage(Struct, frozen=True):
-    role: str = ""
-    content: str = ""
+class ChatMessage(Struct, frozen=True, omit_defaults=True):
+    """`content` is text; beside tool calls it may be null, and with pictures it is a list of OpenAI's parts. What follows it
+    is ours and optional."""
+
+    role: str = always(str)
+    content: str | list[dict[str, Any]] | None = always(str)
+    name: str = ""
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str = ""
 
 
 class InferRequest(Struct, frozen=True, omit_defaults=True):
@@ -52,15 +58,31 @@ class InferRequest(Struct, frozen=True, omit_defaults=True):
     meta: dict[str, str] = {}
 
 
-class InferResponse(Struct, frozen=True):
-    model: str = ""
-    provider: str = ""
-    content: str = ""
-    tokens_in: Int64 = 0
-    tokens_out: Int64 = 0
-    cost_usd: float | None = 0.0
-    latency_ms: Int64 = 0
-    finish_reason: str = ""
+class InferResponse(Struct, frozen=True, omit_defaults=True):
+    """Tokens may be null: not stated. What follows `finish_reason` is ours and optional: `request_key` names the question
+    (mist/tools/infermux/recordings.py), so that a stream of answers can be replayed; `request_id` is the provider's name for
+    the call, `answered_by` its name for the model; `tokens_cached` is a part of `tokens_in`, `tokens_reasoning` one of
+    `tokens_out`; `price_version` is that of the table `cost_usd` is from. A question that failed for good has `error` and
+    `error_code`, the `finish_reason` "error" and no `request_key`."""
+
+    model: str = always(str)
+    provider: str = always(str)
+    content: str = always(str)
+    tokens_in: Int64 | None = always(int)
+    tokens_out: Int64 | None = always(int)
+    cost_usd: float | None = always(float)
+    latency_ms: Int64 = always(int)
+    finish_reason: str = always(str)
+    request_key: str = ""
+    request_id: str = ""
+    answered_by: str = ""
+    tool_calls: list[dict[str, Any]] = []
+    refusal: str = ""
+    tokens_cached: Int64 | None = None
+    tokens_reasoning: Int64 | None = None
+    price_version: str = ""
+    error: str = ""
+    error_code: str = ""
 
 
 class EvalRun(Struct, frozen=True, omit_defaults=True):

@@ -53,6 +53,9 @@ _log = logging.getLogger("mist.transport.server")
 
 Sink = Callable[[list[Envelope]], Awaitable[Sequence[int] | Replies | None]]
 """Stores envelopes; returns when that is done, with their sequences where it has any. Or answers them."""
+Reply = Callable[[Envelope, Mapping[bytes, bytes]], Envelope | Awaitable[Envelope] | None]
+"""An answer to an envelope that came alone, with its request's headers, now or later; or None: it is for the sink. What is
+awaited is cancelled when the client leaves."""
 Read = Callable[[bytes, Mapping[bytes, bytes], Limits], tuple[list[Envelope], bool]]
 """The envelopes of a body, given its headers by lower-case name, and whether it was a single one, which is answered with
 an empty body. Raises ProtocolError, TooLarge."""
@@ -87,7 +90,7 @@ def ingest(
     *,
     path: str = "/mist",
     limits: Limits | None = None,
-    reply: Callable[[Envelope], Envelope | None] | None = None,
+    reply: Reply | None = None,
     shared: bool | None = None,
     read: Read | None = None,
 ) -> Ingest:
@@ -115,7 +118,7 @@ class Ingest(Door):
         calls: Calls,
         path: str,
         limits: Limits,
-        reply: Callable[[Envelope], Envelope | None] | None,
+        reply: Reply | None,
         read: Read,
     ) -> None:
         self.path = path
@@ -158,8 +161,18 @@ class Ingest(Door):
                 answered.set_result((status, body, more))
 
         with self.intake.request() as request:
-            self.take(await request.read(named, receive), named, headers, respond)
-            return await answered
+            task = self.take(await request.read(named, receive), named, headers, respond)
+            if task is None:
+                return await answered
+            leaving = asyncio.ensure_future(_left(receive))
+            try:
+                await asyncio.wait({answered, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if not answered.done():
+                    raise Gone
+                return answered.result()
+            finally:
+                leaving.cancel()
+                task.cancel()
 
     def _check(self, method: str) -> None:
         if method != "POST":
@@ -170,15 +183,20 @@ class Ingest(Door):
         self._check(method.decode("latin-1"))
         return _Direct(self, headers)
 
-    def take(self, body: bytes, named: dict[bytes, bytes], headers: Headers, respond: Respond) -> None:
-        """Read the envelopes of a body and store them; then `respond`. Raises ProtocolError, TooLarge."""
+    def take(
+        self, body: bytes, named: dict[bytes, bytes], headers: Headers, respond: Respond
+    ) -> asyncio.Task[None] | None:
+        """Read the envelopes of a body and store them; then `respond`. Raises ProtocolError, TooLarge. A task is what makes
+        an answer, to be cancelled when nobody waits for it."""
         envelopes, single = self.read(body, named, self.limits)
         if not envelopes:
             respond(202, b'{"accepted":0}', [_TYPE])
-            return
-        if single and self.reply is not None and (said := self.reply(envelopes[0])) is not None:
+            return None
+        if single and self.reply is not None and (said := self.reply(envelopes[0], named)) is not None:
+            if not isinstance(said, Envelope):
+                return asyncio.get_running_loop().create_task(self._answering(said, headers, respond))
             respond(200, codec.encode(said), [_TYPE])
-            return
+            return None
 
         def done(stored: Sequence[int] | Replies | None, error: Exception | None) -> None:
             if error is None:
@@ -187,6 +205,15 @@ class Ingest(Door):
                 respond(*self.refusal(error, headers))
 
         self.calls.put(envelopes, done)
+        return None
+
+    async def _answering(self, answer: Awaitable[Envelope], headers: Headers, respond: Respond) -> None:
+        try:
+            said = await answer
+        except Exception as exc:
+            respond(*self.refusal(exc, headers))
+        else:
+            respond(200, codec.encode(said), [_TYPE])
 
     def refusal(self, error: Exception, headers: Headers) -> tuple[int, bytes, Headers]:
         more: tuple[tuple[bytes, bytes], ...] = ()
@@ -212,12 +239,13 @@ class Ingest(Door):
 class _Direct(Exchange):
     """A request that comes without ASGI."""
 
-    __slots__ = ("_door", "_headers", "_named", "_request")
+    __slots__ = ("_answering", "_door", "_headers", "_named", "_request")
 
     def __init__(self, door: Ingest, headers: Headers) -> None:
         self._door = door
         self._headers = headers
         self._named = dict(headers)
+        self._answering: asyncio.Task[None] | None = None
         self._request: Request | None = door.intake.enter()
         try:
             self._request.begin(self._named)
@@ -231,9 +259,11 @@ class _Direct(Exchange):
 
     def end(self, respond: Respond) -> None:
         if self._request is not None:
-            self._door.take(self._request.end(), self._named, self._headers, respond)
+            self._answering = self._door.take(self._request.end(), self._named, self._headers, respond)
 
     def left(self) -> None:
+        if self._answering is not None:  # it is done, or its client is gone
+            self._answering.cancel()
         request, self._request = self._request, None
         if request is not None:
             self._door.intake.leave(request)
@@ -257,6 +287,12 @@ def _reply(replies: list[Envelope], single: bool) -> tuple[int, bytes, Headers]:
     if single and len(replies) == 1:
         return 200, codec.encode(replies[0]), [_TYPE]
     return 200, encode_lines(replies).data, [(b"content-type", codec.NDJSON.encode())]
+
+
+async def _left(receive: Receive) -> None:
+    """Returns when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

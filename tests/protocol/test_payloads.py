@@ -38,6 +38,22 @@ FULL: list[tuple[msgspec.Struct, str]] = [
         '{"model":"m","provider":"p","messages":[{"role":"user","content":"hi"}],"params":{"t":0},"meta":{"k":"v"}}',
     ),
     (
+        p.ChatMessage("assistant", None, "n", [{"id": "c"}], "c"),
+        '{"role":"assistant","content":null,"name":"n","tool_calls":[{"id":"c"}],"tool_call_id":"c"}',
+    ),
+    (
+        p.ChatMessage("user", [{"type": "text", "text": "hi"}]),
+        '{"role":"user","content":[{"text":"hi","type":"text"}]}',
+    ),
+    (
+        p.InferResponse("m", "p", "c", None, None, None, 3, "stop", "k", "r", "m-2", [{"id": "c"}], "no", 1, 2, "v"),
+        (
+            '{"model":"m","provider":"p","content":"c","tokens_in":null,"tokens_out":null,"cost_usd":null,"latency_ms":3,'
+            '"finish_reason":"stop","request_key":"k","request_id":"r","answered_by":"m-2","tool_calls":[{"id":"c"}],'
+            '"refusal":"no","tokens_cached":1,"tokens_reasoning":2,"price_version":"v"}'
+        ),
+    ),
+    (
         p.EvalRun("s", ["a"], True, "u", {"k": "v"}),
         '{"suite":"s","tasks":["a"],"baseline":true,"infer_url":"u","tags":{"k":"v"}}',
     ),

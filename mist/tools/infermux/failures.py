@@ -36,6 +36,12 @@ _CODES: dict[Kind, str] = {
     "unsupported": "validation",
 }  # fmt: skip
 
+_STATUS: dict[Kind, int] = {
+    "rate_limited": 429, "overloaded": 503, "server": 502, "timeout": 504, "connection": 502, "bad_answer": 502,
+    "credentials": 502, "unknown_model": 404, "context_window": 400, "content_policy": 400, "invalid": 400,
+    "unsupported": 400,
+}  # fmt: skip
+
 RETRIED: frozenset[Kind] = frozenset({"rate_limited", "overloaded", "server", "connection", "bad_answer"})
 FALLS_BACK: frozenset[Kind] = RETRIED | {"timeout", "credentials", "unknown_model", "unsupported"}
 COUNTED: frozenset[Kind] = frozenset({"overloaded", "server", "timeout", "connection", "bad_answer"})
@@ -69,3 +75,8 @@ class ProviderError(MistError):
         self.provider = provider
         self.status = status
         self.begun = begun
+
+    @property
+    def http_status(self) -> int:
+        """What a caller of ours is told: the code's status does not say that the fault lies behind us."""
+        return _STATUS[self.kind]
