@@ -1,4 +1,5 @@
-"""Who answers questions and embeds texts for the evals: a URL, or nobody (then they go over the stream `infer`).
+"""Who answers questions and embeds texts for the evals: the router of mist.toml in this process, one behind a URL, or
+nobody (then questions go over the stream `infer`).
 
 The one place where the command line puts MatchSpec and InferMux together; the tools know nothing of one another.
 """
@@ -19,18 +20,26 @@ if TYPE_CHECKING:
     from mist.tools.matchspec.graders.hands import Hands
 
 
+LOCAL, STREAM = "local", "stream"
+
+
 @asynccontextmanager
 async def hands(session: Session, url: str) -> AsyncIterator[Hands]:
-    """Hands for graders and models. `url`: of an InferMux over HTTP; empty: nobody."""
+    """Hands for graders and models. `url`: of an InferMux over HTTP; `local`: the one of mist.toml, which is also meant by
+    nothing where mist.toml has one; `stream`: nobody."""
     from mist.tools.matchspec.graders.hands import Hands
 
     if not url:
+        url = LOCAL if session.config.infermux.providers else STREAM
+    if url == STREAM:
         yield Hands()
         return
+    if url == LOCAL:
+        async with _in_process(session) as found:
+            yield found
+        return
     if urlsplit(url).scheme not in ("http", "https"):
-        raise InvalidArgument(
-            f"--ask {url}: not an http(s) URL", hint="over a broker nothing is needed: questions go to the stream infer"
-        )
+        raise InvalidArgument(f"--ask {url}: not an http(s) URL", hint="or local, or stream")
     from mist.protocol.codec import decode_foreign, encode
     from mist.protocol.envelope import Envelope
     from mist.tools.matchspec.models import Posting
@@ -56,6 +65,26 @@ async def hands(session: Session, url: str) -> AsyncIterator[Hands]:
         yield Hands(ask=ask, embed=embed)
     finally:
         await http.aclose()
+
+
+@asynccontextmanager
+async def _in_process(session: Session) -> AsyncIterator[Hands]:
+    """The router itself. Questions and answers are recorded by who asks, spans by the router."""
+    from mist.cli.infer import _calls
+    from mist.protocol.envelope import Envelope
+    from mist.tools.infermux.calls import SPAN
+    from mist.tools.infermux.handler import answered
+    from mist.tools.matchspec.graders.hands import Hands
+
+    async with _calls(session, record=True) as calls:
+
+        async def ask(request: Envelope) -> Envelope:
+            return await answered(calls, request, SPAN, errors=False)
+
+        async def embed(model: str, texts: list[str]) -> list[list[float]]:
+            return (await calls.router.embed(model, texts)).embeddings.vectors
+
+        yield Hands(ask=ask, embed=embed)
 
 
 class _Row(msgspec.Struct):

@@ -10,6 +10,7 @@ import typer
 from mist.cli._eval_judging import RunArg, StreamOption, calibrate, diff, gate, report
 from mist.cli._eval_making import AskOption, NameOption, fork, history, replayed, rescore
 from mist.cli._eval_run import COLUMNS, run
+from mist.cli._eval_serve import serve
 from mist.cli._tools import LimitOption
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
@@ -172,5 +173,5 @@ class _Silent:
         return None
 
 
-for _verb in (report, diff, gate, calibrate, rescore, fork, history):
+for _verb in (report, diff, gate, calibrate, rescore, fork, history, serve):
     app.command()(_verb)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,19 +23,27 @@ from mist.kit.signals import drained
 if TYPE_CHECKING:
     from mist.cli._up_platform import Running, Tool
     from mist.cli.render import Output
+    from mist.tools.matchspec.suite import Suite
 
 TOOLS: dict[str, tuple[str, str]] = {
     "door": ("mist.cli._up_tools:door", "POST /mist: envelopes into the stream, answered when they are stored"),
     "tokentrace": ("mist.cli._up_tools:tokentrace", "spans of the stream into the store of `mist trace`"),
     "otlp": ("mist.cli._up_tools:otlp", "POST /v1/traces, and gRPC: OpenTelemetry's spans into the stream"),
     "alerts": ("mist.cli._up_tools:alerts", "the alert rules of mist.toml, over the store"),
-    "infermux": ("mist.cli._up_tools:infermux", "the inference router: /v1/chat/completions, /infer, requests of a stream"),
+    "infermux": (
+        "mist.cli._up_tools:infermux",
+        "the inference router: /v1/chat/completions, /infer, requests of a stream",
+    ),
+    "matchspec": ("mist.cli._up_tools:matchspec", "evals over HTTP: POST /run, GET /results"),
 }
 """name -> (a function that takes `store()`, which gives the path of a store of that name, and returns a Tool; what it
 does). The tools of later issues are lines here."""
 
 STORES = {"alerts": "tokentrace"}
 """Tools that work on another one's store."""
+
+KEY = "MATCHSPEC_API_KEY"
+"""The variable with the key of the evals' routes; unset = open."""
 
 LISTEN = "127.0.0.1:8080"
 """When neither the flag nor the settings say."""
@@ -73,7 +83,9 @@ async def command(
     ] = "",
     tokentrace: Annotated[
         str,
-        typer.Option("--tokentrace", metavar="URL", help="Send the router's spans to this TokenTrace as well, durably."),
+        typer.Option(
+            "--tokentrace", metavar="URL", help="Send the router's spans to this TokenTrace as well, durably."
+        ),
     ] = "",
     durability: Annotated[
         Level | None, typer.Option("--durability", help="Of the stream: what an acknowledged envelope survives.")
@@ -84,6 +96,10 @@ async def command(
             "--wait", min=0.0, metavar="S", help="How long to wait for the broker at the start; 0 = for ever."
         ),
     ] = 30.0,
+    suites: Annotated[
+        list[str] | None,
+        typer.Option("--suites", metavar="FILE", help="Suites to serve. Default: matchspec.yml. Repeatable."),
+    ] = None,
     store: StoreOption = "",
     log_format: Annotated[
         LogFormat, typer.Option("--log-format", help="Of what is said on stderr: sentences, or lines for a collector.")
@@ -151,6 +167,10 @@ async def command(
             "settings": router, "url": session.url, "limits": limits, "door": "door" in chosen, "tokentrace": tokentrace,
             "host": host,
         },
+        "matchspec": {
+            "suites": lambda: _suites(suites or []), "prices": settings.prices, "key": os.environ.get(KEY, ""),
+            "door": bool({"door", "infermux"} & set(chosen)), "router": "infermux" in chosen, "host": host,
+        },
     }  # fmt: skip
     stores = {"infermux": router.store}
     made: dict[str, Tool] = {}
@@ -209,6 +229,17 @@ def _talk(
     with open_log(NAME, level=level.value, format="json" if format is LogFormat.json else "text") as log:
         logger = log.logger()
         yield logger.warning, lambda text, values: logger.info(text, **values)
+
+
+def _suites(paths: list[str]) -> list[Suite]:
+    """Those named, or those of matchspec.yml; none where there is no such file."""
+    from mist.tools.matchspec.load import load
+    from mist.tools.matchspec.settings import find_config
+
+    if not paths:
+        found = find_config()
+        paths = [str(found)] if found is not None else []
+    return [suite for path in paths for suite in load(Path(path)).suites]
 
 
 def _chosen(text: str) -> list[str]:

@@ -17,6 +17,7 @@ text where only that is accepted. A body's `config` is refused: files of the ser
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -69,8 +70,8 @@ class Api:
     def doors(self, *, mist: bool = True) -> dict[str, App]:
         doors = {
             "/run": self._door("POST", self._run),
-            "/results": self._door("GET", self._results),
             "/results/": self._door("GET", self._result),
+            "/results": self._door("GET", self._results),
             "/suites": self._door("GET", self._suites),
             "/health": self._door("GET", self._health, open=True),
             "/eval": self._door("POST", self._eval),
@@ -206,10 +207,12 @@ class Api:
             run = request.decode(EvalRun)
         except Malformed as exc:
             raise Malformed(f"invalid run payload: {exc.message}") from exc
-        return [Envelope.new(EVAL_RESULT, raw, source=SOURCE) for raw in await self._finished(run)]
+        # a request that is handled again after a crash is the same run
+        id = "run-" + hashlib.blake2b(f"{request.source}\0{request.id}".encode(), digest_size=12).hexdigest()
+        return [Envelope.new(EVAL_RESULT, raw, source=SOURCE) for raw in await self._finished(run, id)]
 
-    async def _finished(self, run: EvalRun) -> list[Raw]:
-        """The results of a new run, when all are there. The seed's `baseline` names no run and its `tags` choose
+    async def _finished(self, run: EvalRun, id: str = "") -> list[Raw]:
+        """The results of a run, when all are there. The seed's `baseline` names no run and its `tags` choose
         nothing: both are taken and have no effect, as there."""
         suite = self._service.suites.get(run.suite)
         if suite is not None and suite.total > RESULTS_MAX:
@@ -219,7 +222,7 @@ class Api:
             )  # fmt: skip
         if run.infer_url:
             raise InvalidArgument("infer_url: whom to ask is the server's to say", hint="leave it out")
-        job = await self._service.begin(run.suite, tasks=run.tasks)
+        job = await self._service.begin(run.suite, tasks=run.tasks, id=id)
         await job.done.wait()
         return await self._payloads(job.run_id, RESULTS_MAX)
 

@@ -147,8 +147,9 @@ class Service:
         tasks: Sequence[str] = (),
         concurrency: int | None = None,
         baseline: str = "",
+        id: str = "",
     ) -> Job:
-        """A new run, its manifest stored. Raises NotFound for the suite or the baseline, InvalidArgument where nothing of it
+        """A new run, its manifest stored; with the `id` of one that exists, that one is gone on with. Raises NotFound for the suite or the baseline, InvalidArgument where nothing of it
         is meant, Overloaded, Unavailable."""
         part = self._part(suite, tags, tasks)
         if concurrency is not None:
@@ -156,7 +157,9 @@ class Service:
                 raise InvalidArgument(f"concurrency={concurrency} does not lie in 1..{CONCURRENCY_MAX}")
             part = replace(part, harnesses=tuple(replace(h, concurrency=concurrency) for h in part.harnesses))
         now = datetime.fromtimestamp(self._clock(), UTC)
-        id = f"run-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        id = id or f"run-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        if id in self._jobs:
+            return self._jobs[id]
         told = {BY: SERVICE} | ({TAGS: ",".join(tags)} if tags else {})
         job = await self._start(id, part, int(now.timestamp() * 1e9), tasks, told, baseline)
         self.begun += 1
