@@ -197,7 +197,7 @@ def _harness_file(
         reading.problems.add(table.doc.problem(at, "a harness is the path of its file, or a table"))
         return None
     here = Table(table.doc, reading.problems, at[:-1], {at[-1]: item})
-    file = reading.path(here, str(at[-1]), text, path.parent)
+    file = reading.path(here, at[-1], text, path.parent)
     if file is None:
         return None
     doc = yaml_document(file, reading.problems)

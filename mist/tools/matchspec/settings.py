@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
 from mist.config import Layer, env_layers, merge
 from mist.errors import InvalidArgument, NotFound
-from mist.quantities import Duration
 
 PREFIX = "MATCHSPEC_"
 FILE = "matchspec.yml"
@@ -82,14 +82,25 @@ class MatchSpecSettings(Struct, frozen=True, kw_only=True):
 class EvalSettings(Struct, frozen=True, kw_only=True):
     """The table `[eval]` of the documents' matchspec.toml: short words for three of the settings."""
 
-    timeout: Duration = Duration("0")
+    timeout: float = 0.0
     """`timeout_seconds`; 0 = not said."""
     parallel: int = 0
     """`concurrency`."""
     suites: tuple[str, ...] = ()
     """Which suites are run when none is named; empty = all."""
 
-    ALIASES: ClassVar[dict[str, str]] = {}
+    def __post_init__(self) -> None:
+        if not 0 <= self.timeout < float("inf") or self.parallel < 0:
+            raise InvalidArgument("eval: timeout and parallel are 0 or more")
+
+
+def layers_of(settings: MatchSpecSettings, short: EvalSettings) -> list[Layer]:
+    """What mist.toml says, as layers for `layered`."""
+    words = {"timeout_seconds": short.timeout, "concurrency": short.parallel}
+    return [
+        Layer("[matchspec] of mist.toml", msgspec.to_builtins(settings)),
+        Layer("[eval] of mist.toml", {key: value for key, value in words.items() if value}),
+    ]
 
 
 def layered(*layers: Layer, env: Mapping[str, str] = os.environ) -> MatchSpecSettings:
@@ -132,7 +143,7 @@ TEMPLATE = """\
 # min_sample_size = 0
 # min_sample_action = "warn"      # warn, fail
 # [eval]                          # short words for the same
-# timeout = "0"                   # "30s": timeout_seconds
+# timeout = 0.0                   # seconds: timeout_seconds
 # parallel = 0                    # concurrency
 # suites = []                     # which are run when none is named
 """

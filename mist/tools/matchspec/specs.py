@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,16 +53,18 @@ class Reading:
         """The file that a text names, relative to the folder of the file it stands in."""
         found = folder / text
         resolved = found.resolve()
+        short = Path(os.path.normpath(found))
+        label = "" if isinstance(key, int) else f"{key}: "
         if not resolved.is_relative_to(self.root):
             table.wrong(
-                f"{key}: {text} lies outside of {self.root}",
+                f"{label}{text} lies outside of {self.root}",
                 "files of a suite lie in the folder of the file that is run, or below",
                 key=key,
             )
         elif not resolved.is_file():
-            table.wrong(f"{key}: no file {text}", _nearest_file(resolved), key=key, missing=True)
+            table.wrong(f"{label}no file {text}", _nearest_file(resolved), key=key, missing=True)
         else:
-            return found
+            return short if short.resolve() == resolved else found
         return None
 
 
