@@ -13,8 +13,6 @@ from mist.errors import InvalidArgument, MistError, TimedOut, TransportError, Un
 from mist.transport._status import error_for
 
 if TYPE_CHECKING:
-    import httpx
-
     from mist.tools.infermux.chat import ChatRequest
 
 KEY = "INFERMUX_API_KEY"
@@ -33,7 +31,7 @@ class Server:
         self._key = {"authorization": f"Bearer {key}"} if key else {}
         self._token = {"authorization": f"Bearer {token}"} if token else self._key
         try:
-            self._client: httpx.AsyncClient = httpx.AsyncClient(
+            self._client: Any = httpx.AsyncClient(
                 base_url=self.url, timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_S)
             )
         except (httpx.InvalidURL, ValueError) as exc:
@@ -84,7 +82,7 @@ class Server:
             raise self._failed(exc) from exc
         return {"content": "".join(content), **found}
 
-    async def _sent(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> httpx.Response:
+    async def _sent(self, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> Any:
         httpx = _httpx()
         try:
             answer = await self._client.request(method, path, content=body or None, headers=headers)
@@ -94,7 +92,7 @@ class Server:
             raise self._error(answer, answer.content)
         return answer
 
-    def _error(self, answer: httpx.Response, body: bytes) -> MistError:
+    def _error(self, answer: Any, body: bytes) -> MistError:
         try:
             told = msgspec.json.decode(body)
             if isinstance(told, dict) and isinstance(told.get("error"), dict):  # OpenAI's form
@@ -103,7 +101,7 @@ class Server:
             pass  # not JSON: it is shown as it is
         return error_for(answer.status_code, {k.lower(): v for k, v in answer.headers.items()}, body, self.url)
 
-    def _failed(self, exc: httpx.HTTPError) -> MistError:
+    def _failed(self, exc: Exception) -> MistError:
         httpx = _httpx()
         if isinstance(exc, httpx.TimeoutException) and not isinstance(exc, httpx.ConnectTimeout):
             return TimedOut(f"{self.url}: no answer within {TIMEOUT_S:g} s")

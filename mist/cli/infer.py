@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 app = noun("Ask models through the inference router, and see whom it would ask.")
 
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME", help="A model, an alias, a group, or auto.")
-]
+ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="A model, an alias, a group, or auto.")]
 ServerOption = Annotated[
     str,
     typer.Option(
@@ -46,7 +44,8 @@ async def chat(
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     system: Annotated[str, typer.Option("--system", metavar="TEXT", help="What the system says before it.")] = "",
     param: Annotated[
-        list[str], typer.Option("--param", metavar="KEY=VALUE", help="A parameter; the value is JSON, or text. Repeatable.")
+        list[str],
+        typer.Option("--param", metavar="KEY=VALUE", help="A parameter; the value is JSON, or text. Repeatable."),
     ] = [],  # noqa: B006  # typer copies it
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Keep question, answer and span in the streams of -u.")
@@ -124,7 +123,9 @@ def shown(session: Session, text: str) -> str:
 @app.command()
 async def route(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="A model, an alias, a group, or auto.")] = "auto",
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="A question, for its size and stickiness.")] = "",
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="A question, for its size and stickiness.")
+    ] = "",
     explain: Annotated[bool, typer.Option("--explain", help="All of them, and who is left out and why.")] = False,
     param: Annotated[
         list[str], typer.Option("--param", metavar="KEY=VALUE", help="A parameter (tools …). Repeatable.")

@@ -164,9 +164,9 @@ class Ingest(Door):
             task = self.take(await request.read(named, receive), named, headers, respond)
             if task is None:
                 return await answered
-            leaving = asyncio.ensure_future(_left(receive))
+            leaving = asyncio.create_task(_left(receive))
             try:
-                await asyncio.wait({answered, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if not answered.done():
                     raise Gone
                 return answered.result()

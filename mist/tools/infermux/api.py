@@ -24,7 +24,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -201,7 +201,9 @@ class Api:
 
     async def _providers(self, asked: Asked) -> Reply:
         self.access.who(asked.headers)
-        found = [{"name": state.name, "models": [m.model for m in state.models]} for state in self.calls.router.providers()]
+        found = [
+            {"name": state.name, "models": [m.model for m in state.models]} for state in self.calls.router.providers()
+        ]
         return 200, _encode({"providers": found}), [_JSON]
 
     # ------------------------------------------------------------------ management
@@ -247,9 +249,11 @@ class Api:
     async def _circuit(self, asked: Asked) -> Reply:
         self.access.manage(asked.headers)
         _, name, _, action = asked.path.removeprefix("/_infermux/").split("/")
-        if action not in ("open", "close", "reset"):
+        known: tuple[Literal["open", "close", "reset"], ...] = ("open", "close", "reset")
+        switch = next((word for word in known if word == action), None)
+        if switch is None:
             raise NotFound(f"no such switch: {action[:40]!r}", hint="open, close or reset")
-        self.calls.router.circuit(name, action)
+        self.calls.router.circuit(name, switch)
         return 200, _encode([s for s in self.calls.router.providers() if s.name == name]), [_JSON]
 
 
@@ -304,9 +308,15 @@ class Post(Door):
             if scope["method"] != "POST":
                 raise wrong_method(scope["method"], self.path, "POST")
             with self.intake.request() as request:  # under way until it is answered
-                asked = Asked(scope["path"], scope.get("query_string", b""), headers, await request.read(headers, receive))
+                asked = Asked(
+                    scope["path"], scope.get("query_string", b""), headers, await request.read(headers, receive)
+                )
                 async with there(receive):
-                    if self._stream is not None and openai_api.wants_stream(asked.body) and await self._stream(asked, out):
+                    if (
+                        self._stream is not None
+                        and openai_api.wants_stream(asked.body)
+                        and await self._stream(asked, out)
+                    ):
                         return
                     found = await self.answer(asked)
         except Gone:
@@ -532,4 +542,3 @@ def _decimal(usd: float) -> bytes:
 def _text(value: str) -> bytes:
     """A name as a header may carry it."""
     return value.encode("ascii", "backslashreplace").replace(b"\r", b"").replace(b"\n", b"")
-

@@ -109,7 +109,9 @@ class Calls:
             "infermux_latency_seconds", "Of whole calls.", ("provider", "model"), bounds=SECONDS
         )
         self._cost = metrics.counter("infermux_cost_usd_total", "Known costs.", ("provider", "model"))
-        self._unpriced = metrics.counter("infermux_unpriced_total", "Answers whose cost is not known.", ("provider", "model"))
+        self._unpriced = metrics.counter(
+            "infermux_unpriced_total", "Answers whose cost is not known.", ("provider", "model")
+        )
 
     async def complete(self, request: ChatRequest, recording: Recording = ALL) -> tuple[ChatRequest, Routed]:
         """The request as it was asked (with its id), and what the router made of it. Raises what the router raises."""
@@ -191,9 +193,16 @@ class Calls:
             recorder.response(request, self._answer(request, routed, error, took_ns))
         recorder.span(
             span_envelope(
-                request, here=call.here, parent_id=call.parent_id, start_ns=call.start_ns, end_ns=end_ns, way=way,
-                error=error, ttft_ns=call.ttft_ns, stream=call.stream,
-            )  # fmt: skip
+                request,
+                here=call.here,
+                parent_id=call.parent_id,
+                start_ns=call.start_ns,
+                end_ns=end_ns,
+                way=way,
+                error=error,
+                ttft_ns=call.ttft_ns,
+                stream=call.stream,
+            )
         )
         provider = model = ""
         if way is not None:

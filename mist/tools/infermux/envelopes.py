@@ -160,9 +160,7 @@ def envelope(
 
 
 def response_envelope(request: ChatRequest, payload: InferResponse) -> Envelope:
-    return envelope(
-        INFER_RESPONSE, payload, answers=request.id, traceparent=request.traceparent, tenant=request.tenant
-    )
+    return envelope(INFER_RESPONSE, payload, answers=request.id, traceparent=request.traceparent, tenant=request.tenant)
 
 
 def span_envelope(
@@ -219,18 +217,16 @@ def _add_way(attrs: dict[str, Any], request: ChatRequest, way: Way, *, failed: b
         attrs["model_requested"] = request.model
     if answered and answered != way.model:
         attrs["model_answered"] = answered
-    for name, value in (
-        ("tokens_in", usage.tokens_in), ("tokens_out", usage.tokens_out), ("tokens_cached", usage.cached),
-        ("tokens_reasoning", usage.reasoning), ("cost_usd", way.cost_usd),
-    ):  # fmt: skip
-        if value is not None:
-            attrs[name] = value
-    for name, text in (
-        ("price_version", way.price_version), ("strategy", way.strategy), ("group", way.group),
-        ("budget_override", way.budget_override),
-    ):  # fmt: skip
-        if text:
-            attrs[name] = text
+    numbers = {
+        "tokens_in": usage.tokens_in, "tokens_out": usage.tokens_out, "tokens_cached": usage.cached,
+        "tokens_reasoning": usage.reasoning, "cost_usd": way.cost_usd,
+    }  # fmt: skip
+    attrs.update({name: value for name, value in numbers.items() if value is not None})
+    texts = {
+        "price_version": way.price_version, "strategy": way.strategy, "group": way.group,
+        "budget_override": way.budget_override,
+    }  # fmt: skip
+    attrs.update({name: text for name, text in texts.items() if text})
     attrs["attempts"] = len(way.attempts)
     if len(way.attempts) > 1:
         attrs["tries"] = [

@@ -59,9 +59,7 @@ async def answered(
         payload = error_payload(request, exc)
     else:
         payload = response_payload(request, routed)
-    return envelope(
-        INFER_RESPONSE, payload, answers=asked.id, traceparent=request.traceparent, tenant=request.tenant
-    )
+    return envelope(INFER_RESPONSE, payload, answers=asked.id, traceparent=request.traceparent, tenant=request.tenant)
 
 
 def _later(error: MistError) -> MistError:

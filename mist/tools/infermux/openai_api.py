@@ -23,7 +23,6 @@ from msgspec import Struct
 
 from mist.errors import (
     InvalidArgument,
-    Malformed,
     MistError,
     NotAuthorised,
     NotFound,
@@ -112,7 +111,9 @@ def embedding(body: bytes) -> EmbeddingBody:
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise BadBody("`input` is a text or a list of texts", param="input", hint="lists of token numbers are not taken")
+        raise BadBody(
+            "`input` is a text or a list of texts", param="input", hint="lists of token numbers are not taken"
+        )
     form = found.pop("encoding_format", None) or "float"
     if form not in ("float", "base64"):
         raise BadBody(f"`encoding_format` {str(form)[:40]!r} is neither float nor base64", param="encoding_format")

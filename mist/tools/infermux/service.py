@@ -112,7 +112,10 @@ class InferMux:
 def watch(metrics: Metrics, now: Callable[[], InferMux]) -> None:
     """Show the one that works now as metrics, beside those that calls are counted by (calls.py)."""
     metrics.watch(
-        "infermux_circuit_state", "0 closed, 1 open, 2 half-open.", lambda: now().circuits(), labels=("provider", "model")
+        "infermux_circuit_state",
+        "0 closed, 1 open, 2 half-open.",
+        lambda: now().circuits(),
+        labels=("provider", "model"),
     )
     metrics.watch("infermux_calls_under_way", "Calls.", lambda: now().calls.under_way)
     metrics.watch(

@@ -38,7 +38,9 @@ async def serving(router: FakeRouter, **options: Any) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def client(router: FakeRouter, *, key: str = "any", retries: int = 0, timeout: float = 30.0, **options: Any) -> Any:
+async def client(
+    router: FakeRouter, *, key: str = "any", retries: int = 0, timeout: float = 30.0, **options: Any
+) -> Any:
     async with (
         serving(router, **options) as url,
         openai.AsyncOpenAI(
@@ -270,11 +272,10 @@ def test_a_stream_that_breaks_is_an_error_and_not_an_end() -> None:
         router = FakeRouter()
         router.error, router.after = ProviderError("server", "it broke", begun=True), 2
         async with client(router) as ai:
-            got = []
+            stream = await ai.chat.completions.create(model="m", messages=USER, stream=True)
+            assert [(await anext(stream)).choices[0].delta.content for _ in range(2)] == ["one", " two"]
             with pytest.raises(openai.APIError, match="it broke"):
-                async for chunk in await ai.chat.completions.create(model="m", messages=USER, stream=True):
-                    got.append(chunk)
-            assert len(got) == 2
+                await anext(stream)
 
     run(main())
 

@@ -100,12 +100,16 @@ async def served(broker: Broker, router: FakeRouter, until: int, **options: Any)
     dead = await broker.open("questions--dead")
     infer = await broker.open("infer")
     recorder = Recorder(infer, await broker.open("trace"), linger_s=0.0)
-    work = asyncio.create_task(
-        serve(
-            handler(Calls(router, recorder)), f"{broker.url}?stream=questions&consumer=infermux", out="infer", stop=stop,
-            config=ConsumerConfig(attempts_max=2), report=lambda _error, _id: None, **options,
-        )  # fmt: skip
+    serving = serve(
+        handler(Calls(router, recorder)),
+        f"{broker.url}?stream=questions&consumer=infermux",
+        out="infer",
+        stop=stop,
+        config=ConsumerConfig(attempts_max=2),
+        report=lambda _error, _id: None,
+        **options,
     )
+    work = asyncio.create_task(serving)
     after, answers = 0, 0
     while answers < until:
         page = await infer.read(after=after, wait_s=10.0)
@@ -139,7 +143,11 @@ def test_over_a_stream(tmp_path: Path) -> None:
             await Client(broker).publish("questions", questions)
             found = await served(broker, router, 3, concurrency=4)
             answers = {e.correlation_id: e.decode(InferResponse) for e in found if e.type == "infer.response"}
-            assert {k: v.content or v.error_code for k, v in answers.items()} == {"q-a": "A", "q-bad": "invalid", "q-b": "B"}
+            assert {k: v.content or v.error_code for k, v in answers.items()} == {
+                "q-a": "A",
+                "q-bad": "invalid",
+                "q-b": "B",
+            }
             assert {e.id for e in found if e.type == "infer.request"} == {q.id for q in questions}
             dead = await (await broker.open("questions--dead")).read()
             assert [decode(r.data).id for r in dead.records] == ["q-down"]

@@ -58,7 +58,7 @@ def test_a_call_is_four_envelopes() -> None:
     async def main() -> None:
         infer, trace = await sinks()
         recorder, router = Recorder(infer, trace), FakeRouter()
-        request, routed = await Calls(router, recorder).complete(ASKED)
+        request, _ = await Calls(router, recorder).complete(ASKED)
         await recorder.aclose()
         question, started, answer = await envelopes(infer)
         (span,) = await envelopes(trace)
@@ -222,7 +222,7 @@ def test_a_sink_that_never_returns_costs_records_and_no_call() -> None:
 
 def test_what_waits_is_bounded_in_bytes() -> None:
     async def main() -> None:
-        infer, trace = await sinks()
+        infer, _ = await sinks()
         recorder = Recorder(infer, None, pending_bytes_max=3000, linger_s=60.0)
         calls = Calls(FakeRouter(), recorder)
         for _ in range(10):

@@ -40,7 +40,11 @@ def asked(model: str = "echo", text: str = GOLDEN, type: str = "infer.request") 
 
 @asynccontextmanager
 async def served(
-    settings: InferMuxSettings | None = None, *, ledger: Ledger | None = None, env: dict[str, str] | None = None, **echo: Any
+    settings: InferMuxSettings | None = None,
+    *,
+    ledger: Ledger | None = None,
+    env: dict[str, str] | None = None,
+    **echo: Any,
 ) -> AsyncIterator[tuple[httpx.AsyncClient, InferMux]]:
     settings = settings or InferMuxSettings()
     router = Router(settings, [Echo(**echo)], ledger=ledger)
@@ -124,7 +128,9 @@ def test_infer_and_providers() -> None:
 
     async def main() -> None:
         async with served() as (http, _service):
-            answer = await http.post("/infer", json={"model": "auto", "messages": [{"role": "user", "content": GOLDEN}]})
+            answer = await http.post(
+                "/infer", json={"model": "auto", "messages": [{"role": "user", "content": GOLDEN}]}
+            )
             assert answer.status_code == 200
             assert answer.json()["content"] == f"echo: {GOLDEN}"
             assert list(answer.json())[:8] == [
@@ -215,7 +221,10 @@ def test_management(tmp_path: Path) -> None:
             refused = await http.post("/v1/chat/completions", json=ask)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_healthy_providers")
             assert int(refused.headers["retry-after"]) >= 1
-            assert 'infermux_circuit_state{model="echo",provider="echo"} 1.0' in (await http.get("/_infermux/metrics")).text
+            assert (
+                'infermux_circuit_state{model="echo",provider="echo"} 1.0'
+                in (await http.get("/_infermux/metrics")).text
+            )
             assert (await http.post("/_infermux/providers/echo/circuit/close")).status_code == 200
             assert (await http.post("/v1/chat/completions", json=ask)).status_code == 200
             assert (await http.post("/_infermux/providers/zzz/circuit/open")).status_code == 404
@@ -239,9 +248,7 @@ def test_keys_guard_every_door_that_asks() -> None:
         settings = InferMuxSettings(keys=(KeySettings(name="ci", env="K"),))
         async with served(settings, env={"K": "sk"}) as (http, _service):
             ask = {"model": "echo", "messages": [{"role": "user", "content": "x"}]}
-            claim = Envelope.new(
-                "infer.request", InferRequest("echo", meta={"caller.key": "somebody"}), source="me"
-            )
+            claim = Envelope.new("infer.request", InferRequest("echo", meta={"caller.key": "somebody"}), source="me")
             for key, status in (("", 401), ("nonsense", 401), ("sk", 200)):
                 headers = {"authorization": f"Bearer {key}"} if key else {}
                 for path, body in (
