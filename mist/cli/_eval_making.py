@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mist.cli._eval_files import load_one
 from mist.cli._eval_judging import RunArg, StreamOption
 from mist.cli._eval_run import COLUMNS, PARTIAL
 from mist.cli._tools import LimitOption
@@ -37,11 +37,10 @@ async def rescore(
     """
     from mist.cli._ask import hands
     from mist.tools.matchspec.derive import rescore as derive
-    from mist.tools.matchspec.load import load_suite
     from mist.tools.matchspec.run import new_run_id
 
     session = current()
-    loaded = load_suite(Path(suite))
+    loaded = load_one(session, suite)
     broker, opened = await session.reach(stream)
     id = name or new_run_id(loaded.name)
     async with hands(session, ask) as given:
@@ -92,11 +91,10 @@ async def replayed(run: str, suite: str, name: str, ask: str, stream: str, after
 
 async def _derived(derive: Any, run: str, suite: str, name: str, ask: str, stream: str, **more: int) -> None:
     from mist.cli._ask import hands
-    from mist.tools.matchspec.load import load_suite
     from mist.tools.matchspec.run import new_run_id
 
     session = current()
-    loaded = load_suite(Path(suite))
+    loaded = load_one(session, suite)
     broker, opened = await session.reach(stream)
     id = name or new_run_id(loaded.name)
     session.resume = f"go on with: mist eval run {suite} --run {id}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mist.cli._eval_files import ConfigOption, PathsArg, load
 from mist.cli._eval_judging import ALL_FAILED, NOT_MET, BaselineOption, Format, StreamOption, say, write_text
 from mist.cli.session import Session, current
 from mist.errors import InvalidArgument, NotFound
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mist.tools.matchspec.graders.hands import Hands
     from mist.tools.matchspec.reports import Report
     from mist.tools.matchspec.run import Outcome
-    from mist.tools.matchspec.settings import MatchSpecSettings
     from mist.tools.matchspec.suite import Suite
 
 COLUMNS = ["suite", "model", "passed", "total", "rate", "ci_low", "ci_high"]
@@ -32,10 +32,7 @@ _RESULT = re.compile(r"-([0-9]{8}-[0-9]{6})\.(?:json|xml|md|txt|html)$")
 
 
 async def run(
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="Suites (.toml, .yml), or recorded solutions (.jsonl)."),
-    ] = None,
+    paths: PathsArg = None,
     name: Annotated[str, typer.Option("--run", metavar="ID", help="The run's id: go on with it, or give it.")] = "",
     new: Annotated[bool, typer.Option("--new", help="A new run, also where one of this suite is unfinished.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on with an unfinished run.")] = False,
@@ -93,9 +90,7 @@ async def run(
         Format | None, typer.Option("--as", help="With --output-dir: a report in this format beside the JSON.")
     ] = None,
     badge: Annotated[str, typer.Option("--badge", metavar="FILE", help="Write an SVG badge there.")] = "",
-    config: Annotated[
-        str, typer.Option("--config", metavar="FILE", help="The configuration, where no PATH is given.")
-    ] = "",
+    config: ConfigOption = "",
     write: Annotated[bool, typer.Option("--write", hidden=True, help="To the directory of the settings.")] = False,
     stream: StreamOption = "eval",
 ) -> None:
@@ -116,8 +111,8 @@ async def run(
     from mist.tools.matchspec.run import Limits
 
     session = current()
-    loaded, settings = load(paths or [], config)
-    suites = chosen(loaded, suite or [], tags)
+    loaded, settings = load(session, paths, config)
+    suites = chosen(loaded, suite or ([] if paths else session.config.eval.suites), tags)
     if write and not output_dir:
         output_dir, as_ = settings.output.dir, as_ or Format(settings.output.format)
     suites = [tuned(s, concurrency=concurrency, timeout_s=sample_timeout, epochs=epochs) for s in suites]
@@ -159,23 +154,6 @@ async def run(
                 session.fail_with(PARTIAL)
     if session.out.format != "table":
         session.out.rows(rows, COLUMNS)
-
-
-def load(paths: Sequence[str], config: str) -> tuple[list[Suite], MatchSpecSettings]:
-    """The suites of these files, or of the configuration where none is named, and the settings in force (those of the first
-    file)."""
-    from mist.tools.matchspec.load import load as read
-    from mist.tools.matchspec.settings import find_config
-
-    if not paths:
-        found = find_config(config)
-        if found is None:
-            raise NotFound(
-                "no suite is named, and there is no matchspec.yml", hint="mist eval run SUITE.toml, or `mist eval init`"
-            )
-        paths = [str(found)]
-    loaded = [read(Path(path)) for path in paths]
-    return [suite for one in loaded for suite in one.suites], loaded[0].settings
 
 
 def chosen(suites: list[Suite], names: Sequence[str], tags: str) -> list[Suite]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mist.cli._eval_files import load
 from mist.cli._eval_judging import StreamOption
 from mist.cli.session import current
 from mist.cli.wrap import serves
@@ -47,11 +47,10 @@ async def serve(
     from mist.cli._ask import hands
     from mist.client.serving import serve as serve_handler
     from mist.tools.matchspec.api import Api
-    from mist.tools.matchspec.load import load
     from mist.tools.matchspec.service import Service
 
     session = current()
-    found = [suite for path in suites for suite in load(Path(path)).suites]
+    found, _ = load(session, suites)
     broker, opened = await session.reach(stream, create=True)
 
     async def work(stop: asyncio.Event) -> Served:

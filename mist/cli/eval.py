@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mist.cli._eval_files import init, validate
 from mist.cli._eval_judging import RunArg, StreamOption, calibrate, diff, gate, report
 from mist.cli._eval_making import AskOption, NameOption, fork, history, replayed, rescore
 from mist.cli._eval_run import COLUMNS, run
@@ -173,5 +174,5 @@ class _Silent:
         return None
 
 
-for _verb in (report, diff, gate, calibrate, rescore, fork, history, serve):
+for _verb in (report, diff, gate, calibrate, rescore, fork, history, validate, init, serve):
     app.command()(_verb)

@@ -8,14 +8,13 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mist.cli._tools import StoreOption, store_path
 from mist.cli.options import Level, durability_of
-from mist.cli.session import current
+from mist.cli.session import Session, current
 from mist.cli.wrap import serves
 from mist.errors import InvalidArgument
 from mist.kit.signals import drained
@@ -168,7 +167,7 @@ async def command(
             "host": host,
         },
         "matchspec": {
-            "suites": lambda: _suites(suites or []), "prices": settings.prices, "key": os.environ.get(KEY, ""),
+            "suites": lambda: _suites(session, suites or []), "prices": settings.prices, "key": os.environ.get(KEY, ""),
             "door": bool({"door", "infermux"} & set(chosen)), "router": "infermux" in chosen, "host": host,
         },
     }  # fmt: skip
@@ -231,15 +230,14 @@ def _talk(
         yield logger.warning, lambda text, values: logger.info(text, **values)
 
 
-def _suites(paths: list[str]) -> list[Suite]:
+def _suites(session: Session, paths: list[str]) -> list[Suite]:
     """Those named, or those of matchspec.yml; none where there is no such file."""
-    from mist.tools.matchspec.load import load
+    from mist.cli._eval_files import load
     from mist.tools.matchspec.settings import find_config
 
-    if not paths:
-        found = find_config()
-        paths = [str(found)] if found is not None else []
-    return [suite for path in paths for suite in load(Path(path)).suites]
+    if not paths and find_config(session.config.matchspec.config) is None:
+        return []
+    return load(session, paths)[0]
 
 
 def _chosen(text: str) -> list[str]:
