@@ -83,9 +83,9 @@ def differences(manifest: Manifest, suite: Suite) -> list[str]:
         a, b = was[name], now[name]
         if a.data_digest != b.data_digest:
             found.append(f"{name}: other data or recorded answers")
-        if a.settings != b.settings or a.model != b.model:
+        if not _same(a.settings, b.settings) or a.model != b.model:
             found.append(f"{name}: other model settings ({_changed(a.settings, b.settings)})")
-        if msgspec.json.encode(a.graders) != msgspec.json.encode(b.graders):
+        if not _same(a.graders, b.graders):
             found.append(f"{name}: other graders")
         if (a.epochs, a.reducer, a.pass_score) != (b.epochs, b.reducer, b.pass_score):
             found.append(f"{name}: other repeats, reducer or pass_score")
@@ -103,6 +103,13 @@ def changed_parts(manifest: Manifest, suite: Suite) -> list[str]:
     return [n for n in suite.digests.__struct_fields__ if getattr(manifest.digests, n) != getattr(suite.digests, n)]
 
 
+_canonical = msgspec.json.Encoder(order="deterministic").encode
+
+
+def _same(a: object, b: object) -> bool:
+    return _canonical(a) == _canonical(b)
+
+
 def _changed(a: dict[str, object], b: dict[str, object]) -> str:
-    keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+    keys = [k for k in {**a, **b} if not _same(a.get(k), b.get(k))]
     return ", ".join(keys) or "label"

@@ -20,6 +20,7 @@ its successor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import secrets
@@ -383,7 +384,7 @@ class Runner:
     async def _asking(self, harness: Harness, judge: Judge, known: Callable[[Sample], str | None] | None) -> None:
         """Somebody is asked, for the answer or for the verdict: `concurrency` samples at a time."""
         async with AsyncExitStack() as stack:
-            results = await stack.enter_async_context(Publisher(self.stream, pending_max=harness.concurrency * 4))
+            results = await stack.enter_async_context(_publishing(self.stream, harness))
             asker = None if known is not None else await self._asker(harness, stack)
 
             async def items() -> AsyncIterator[Item]:
@@ -395,6 +396,14 @@ class Runner:
                     yield item
 
             async def one(item: Item) -> int | None:
+                try:
+                    return await judged(item)
+                except BaseException as exc:
+                    # nothing new is asked whose answer could not be stored
+                    self.why = self.why or f"{type(exc).__name__}: {exc}"
+                    raise
+
+            async def judged(item: Item) -> int | None:
                 index, sample, epoch, slot = item
                 key = sample_key(harness.name, sample)
                 if asker is not None:
@@ -402,8 +411,10 @@ class Runner:
                 else:
                     told = known(sample) if known is not None else None
                     result = await judge.asking(sample, told, key, index, epoch, timeout_s=harness.timeout_s)
-                self.counting.pay(result)
-                retried = slot in self.counting.errors
+                before = self.counting.errors.get(slot)
+                retried = before is not None
+                if before is None or before.result.request_id != result.request_id:
+                    self.counting.pay(result)
                 if retried and result.error:
                     return None  # the old result stays
                 return await results.publish(self.message(result, retried=retried))
@@ -442,7 +453,7 @@ class Runner:
         if not offline:
             who = answerer(harness, ask=self._ask, stream=opened, after=after_now, asked=recalled.asked)
             stack.push_async_callback(who.aclose)
-        answers = await stack.enter_async_context(Publisher(opened, pending_max=harness.concurrency * 4))
+        answers = await stack.enter_async_context(_publishing(opened, harness))
         return _Asker(self, harness, who, recalled, answers, names)
 
     def message(self, result: Result, *, retried: bool) -> Message:
@@ -503,6 +514,18 @@ class Runner:
         )
 
 
+@contextlib.asynccontextmanager
+async def _publishing(stream: Stream, harness: Harness) -> AsyncIterator[Publisher]:
+    """A batching window. Where the run ends by an error, that one is raised and not what became of the window."""
+    publisher = Publisher(stream, pending_max=harness.concurrency * 4)
+    try:
+        yield publisher
+    except BaseException:
+        await publisher.abort()
+        raise
+    await publisher.aclose()
+
+
 class _Asker:
     """The questions of one harness: an answer from the stream where there is one, else asked, with repeats, and stored."""
 
@@ -529,7 +552,7 @@ class _Asker:
         before = runner.counting.errors.get(slot)
         # a question that ended in an error is asked anew under a new id, unless its answer came after all
         offset = before.result.attempts if before is not None and before.result.error_kind != "grader" else 0
-        answer = await self._recall(key, epoch, offset + self._harness.retries + 1)
+        answer, offset = await self._recall(key, epoch, offset)
         attempts = 0
         if answer is None:
             try:
@@ -544,13 +567,21 @@ class _Asker:
         result = await judge.asking(sample, self._priced(answer), key, index, epoch, timeout_s=self._harness.timeout_s)
         return msgspec.structs.replace(result, attempts=offset + attempts) if offset + attempts > 1 else result
 
-    async def _recall(self, key: str, epoch: int, attempts: int) -> Answer | None:
+    async def _recall(self, key: str, epoch: int, offset: int) -> tuple[Answer | None, int]:
+        """The answer that is there, and the number of the next attempt. A question that was put in vain before an error is
+        not waited for again."""
         for name in self._names:
-            for attempt in range(attempts):
+            attempt = 0
+            while True:
                 id = request_id(name, self._harness.name, key, epoch, attempt)
                 if self._recalled.has(id):
-                    return await self._recalled.get(id)
-        return None
+                    return await self._recalled.get(id), attempt
+                if attempt >= max(offset, self._harness.retries) and not self._recalled.asked(id):
+                    break
+                attempt += 1
+            if offset:
+                offset = max(offset, attempt)
+        return None, offset
 
     async def _asked(self, sample: Sample, key: str, epoch: int, offset: int) -> tuple[Answer, int]:
         runner, harness, who = self._runner, self._harness, self._who

@@ -408,9 +408,11 @@ def _read(h: Harness, names: list[str], at: str) -> str:
         if recorded is not None:
             output = recorded.answers.get(sample.id) if recorded.answers is not None else output
             answered += output is not None
-        digest.update(
-            _canonical([sample.id, sample.input, sample.expected, sample.graders, sample.tags, sample.metadata, output])
-        )
+        parts = [sample.id, sample.input, sample.expected, sample.graders, sample.tags, sample.metadata, output]
+        try:
+            digest.update(_canonical(parts))
+        except (UnicodeEncodeError, TypeError, msgspec.EncodeError) as exc:
+            raise InvalidArgument(f"{at}: sample {sample.id!r} has no JSON form: {exc}") from exc
     if seen.doubled():
         _refuse_doubled(h.samples, at)
     if count != len(h.samples):
