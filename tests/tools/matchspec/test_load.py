@@ -132,7 +132,7 @@ def test_a_suite_is_what_its_files_say(tmp_path: Path) -> None:
 def test_everything_wrong_is_said_at_once_with_its_place(tmp_path: Path) -> None:
     """Line, column, caret, and the nearest word that is known."""
     harness = """\
-versoin: 1
+versions: 1
 name:
 dataset: ../data/capitls.yml
 model: {type: ecko}
@@ -142,15 +142,15 @@ graders:
     pattern: '('
     weight: 2
   - type: numeric
-    tolerence: 5
+    tolerances: 5
   - type: contains
     threshold: 1.2
 concurrency: 0
 retries: 1.5
 """
     assert told(tmp_path, **{"evals/capitals.yml": harness}) == [
-        "evals/capitals.yml:1:1: the file must say version: 1\n  versoin: 1\n  ^",
-        "evals/capitals.yml:1:1: unknown key 'versoin'. did you mean 'version'?\n  versoin: 1\n  ^",
+        "evals/capitals.yml:1:1: the file must say version: 1\n  versions: 1\n  ^",
+        "evals/capitals.yml:1:1: unknown key 'versions'. did you mean 'version'?\n  versions: 1\n  ^",
         "evals/capitals.yml:2:6: name is empty\n  name:\n       ^",
         (
             "evals/capitals.yml:3:10: dataset: no file ../data/capitls.yml. did you mean 'capitals.yml'?\n"
@@ -163,8 +163,8 @@ retries: 1.5
             "      pattern: '('\n               ^"
         ),
         (
-            "evals/capitals.yml:11:5: unknown key 'tolerence' of the grader numeric. did you mean 'tolerance'?\n"
-            "      tolerence: 5\n      ^"
+            "evals/capitals.yml:11:5: unknown key 'tolerances' of the grader numeric. did you mean 'tolerance'?\n"
+            "      tolerances: 5\n      ^"
         ),
         "evals/capitals.yml:13:16: Expected `float` <= 1.0\n      threshold: 1.2\n                 ^",
         "evals/capitals.yml:14:14: concurrency = 0: it is 1 or more and 1024 or less\n  concurrency: 0\n               ^",
@@ -177,9 +177,9 @@ retries: 1.5
     [
         ("matchspec.yml", "version: 1", "version: 2", "matchspec.yml:1:10: the file must say version: 1"),
         ("matchspec.yml", "concurrency: 8", "concurrency: many", "matchspec.yml:3:3: defaults.concurrency"),
-        ("matchspec.yml", "concurrency: 8", "concurency: 8", "unknown key 'defaults.concurency'. did you mean"),
+        ("matchspec.yml", "concurrency: 8", "concurrencies: 8", "unknown key 'defaults.concurrencies'. did you mean"),
         ("matchspec.yml", "overall: 0.8", "overall: 80", "matchspec.yml:12:16: overall = 80: it is 0 or more and 1 or less"),
-        ("matchspec.yml", "word: 0.5", "wrod: 0.5", "matchspec.yml:13:7: no grader is called 'wrod'. did you mean 'word'?"),
+        ("matchspec.yml", "word: 0.5", "words: 0.5", "matchspec.yml:13:7: no grader is called 'words'. did you mean 'word'?"),
         ("matchspec.yml", "metric: mean_score", "metric: mode", "metric: unknown 'mode'"),
         ("matchspec.yml", "- evals/capitals.yml", "- evals/capital.yml", "matchspec.yml:9:9: no file evals/capital.yml. did you mean"),
         ("matchspec.yml", "- evals/capitals.yml", "- ../capitals.yml", "lies outside of"),
@@ -191,12 +191,12 @@ retries: 1.5
         ("evals/capitals.yml", "type: numeric", "type: exact\n    name: word", "two graders are called 'word'"),
         ("evals/capitals.yml", "reducer: pass@2", "reducer: pass@9", "capitals.yml:22:10: reducer: pass@9 needs 9 repeats"),
         ("evals/capitals.yml", "case_sensitive: false", "threshold: 1", "threshold stands beside `config` too"),
-        ("evals/capitals.yml", "type: http", "type: http\n  endpiont: x", "unknown key 'endpiont'. did you mean 'endpoint'?"),
+        ("evals/capitals.yml", "type: http", "type: http\n  endpoints: x", "unknown key 'endpoints'. did you mean 'endpoint'?"),
         ("data/capitals.yml", "id: 007", "id: fr", "data/capitals.yml:9:9: the id 'fr' occurs twice. it stands in line 4"),
         ("data/capitals.yml", "grader: numeric", "grader: numerik", "12:13: sample 007 asks for the grader 'numerik'"),
         ("data/capitals.yml", "Paris 1", "Paris", "6:15: sample fr: grader numeric: no number in the expected text 'Paris'"),
         ("data/capitals.yml", "    expected: Paris 1\n", "", "4:5: sample fr: no text or number under 'expected'"),
-        ("data/capitals.yml", "expected: Paris 1", "expcted: Paris 1", "unknown key 'expcted'. did you mean 'expected'?"),
+        ("data/capitals.yml", "expected: Paris 1", "xpected: Paris 1", "unknown key 'xpected'. did you mean 'expected'?"),
         ("data/capitals.yml", "expected: Paris 1", "expected: ", "no text or number under 'expected'"),
         ("data/capitals.yml", "expected: Paris 1", "expected: *x", "*x stands before its anchor"),
         ("data/capitals.yml", "expected: Paris 1", "expected: !!python/object:os.system x", "is not taken"),
