@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     top = {name.partition("/")[0] for name in names(wheel)}
     packages = {t for t in top if not t.endswith(".dist-info")}
     assert "mist" in packages
-    assert packages <= {"mist", "mist_nats", "mist_redis"}
+    assert packages <= {"mist", "mist_nats", "mist_redis", "mist_pytest"}
     assert not [n for n in names(wheel) if n.endswith((".pyc", ".so")) or "__pycache__" in n]
 
 
@@ -88,6 +88,7 @@ def test_the_metadata_states_name_python_and_entry_points(wheel: Path) -> None:
     assert "mist = mist.cli.main:main" in points
     assert "[mist.brokers]" in points
     assert "memory = " in points
+    assert "matchspec = mist_pytest" in points
 
 
 def test_the_installed_wheel_imports_light_and_is_not_the_checkout(installed: Path) -> None:

@@ -281,7 +281,7 @@ async def _evals(plan: Plan, broker: Broker, children: Nursery, say: Say) -> Eva
 
 
 def _eval_total(plan: Plan) -> int:
-    from mist.cli.eval import load_suite
+    from mist.tools.matchspec.load import load_suite
 
     return load_suite(plan.suite_file).total
 

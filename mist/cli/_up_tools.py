@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -13,11 +14,11 @@ from mist.broker.base import ConsumerConfig, Stream
 from mist.cli._up_platform import Platform, Tool
 from mist.client.blobs import beside, outlining
 from mist.client.serving import serve
-from mist.errors import InvalidArgument, MistError
+from mist.errors import InvalidArgument, MistError, Unavailable
 from mist.kit.prices import load_prices
 from mist.kit.waiting import sleep_unless
 from mist.protocol.envelope import Envelope
-from mist.protocol.payloads import HEALTH_PING, INFER_REQUEST, TRACE_SPAN
+from mist.protocol.payloads import EVAL_RUN, HEALTH_PING, INFER_REQUEST, TRACE_SPAN
 from mist.protocol.subject import subject_for
 from mist.protocol.url import Url, redact
 from mist.tools.infermux.settings import InferMuxSettings
@@ -31,6 +32,9 @@ from mist.tools.tokentrace.stats import Metrics
 from mist.tools.tokentrace.store import Store
 from mist.transport import dial, server
 from mist.transport.body import Limits
+
+if TYPE_CHECKING:
+    from mist.tools.matchspec.suite import Suite
 
 DOOR = "/mist"
 OTLP_REFUSED = ("/v1/metrics", "/v1/logs")
@@ -304,3 +308,56 @@ async def _forward(platform: Platform, trace: Stream, to: str) -> None:
 
         consumer = await trace.consumer("infermux-tokentrace", ConsumerConfig(subjects=subjects, attempts_max=0))
         await Worker(consumer, batch_handler=send, batch_max=500).run(platform.stop)
+
+
+def matchspec(
+    store: Callable[[], Path | str],
+    *,
+    suites: Callable[[], Sequence[Suite]],
+    prices: str = "",
+    key: str = "",
+    door: bool = False,
+    router: bool = False,
+    host: str = "127.0.0.1",
+) -> Tool:
+    """Evals: runs that are begun by HTTP, in the stream `eval`. `router`: the tool infermux of this process answers `infer`
+    models and judges; else their questions go over the stream of answers. `door`: another tool serves `/mist`."""
+
+    from mist.tools.matchspec.api import Api
+    from mist.tools.matchspec.graders.hands import Hands
+    from mist.tools.matchspec.results import STREAM
+    from mist.tools.matchspec.service import Service as Runs
+
+    loaded = suites()
+    table = load_prices(Path(prices)) if prices else None
+
+    async def run(platform: Platform) -> None:
+        async def ask(request: Envelope) -> Envelope:
+            answer = platform.answers.get(INFER_REQUEST)
+            if answer is None:
+                raise Unavailable("the tool infermux is not ready")
+            return await answer(request, {})
+
+        async def elsewhere(request: Envelope, _: Mapping[bytes, bytes]) -> Envelope:
+            raise InvalidArgument(
+                "eval.run is not answered here", hint="POST the payload to /eval, or begin it at /run"
+            )
+
+        if not key and host not in LOCAL:
+            platform.say(f"there is no MATCHSPEC_API_KEY: everybody who reaches {host} may begin runs")
+        runs = Runs(loaded, hands=Hands(ask=ask if router else None), prices=table, say=platform.say)
+        platform.facts = runs.facts
+        stream = await platform.broker.open(STREAM)
+
+        def ready() -> None:
+            platform.doors |= Api(runs, key=key).doors(mist=not door)
+            if door:
+                platform.answers[EVAL_RUN] = elsewhere
+            platform.ready.set()
+
+        try:
+            await runs.run(platform.broker, stream, platform.stop, ready=ready)
+        finally:
+            platform.answers.pop(EVAL_RUN, None)
+
+    return run

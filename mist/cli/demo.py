@@ -193,7 +193,7 @@ def document(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 def _print(session: Session, plan: Plan, outcome: Outcome) -> None:
     import msgspec
 
-    from mist.cli.eval import COLUMNS
+    from mist.cli._eval_run import COLUMNS
     from mist.cli.trace import STATS_COLUMNS, stats_rows
 
     out = session.out

@@ -3,93 +3,25 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mist.cli._eval_files import init, validate
+from mist.cli._eval_judging import RunArg, StreamOption, calibrate, diff, gate, report
+from mist.cli._eval_making import AskOption, NameOption, fork, history, replayed, rescore
+from mist.cli._eval_run import COLUMNS, run
+from mist.cli._eval_serve import serve
 from mist.cli._tools import LimitOption
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
-from mist.errors import InvalidArgument
-from mist.kit.signals import drained
 
 if TYPE_CHECKING:
     from mist.broker.base import Stream
     from mist.tools.matchspec.results import Run
-    from mist.tools.matchspec.suite import Suite
 
 app = noun("Evals: run a suite, list and compare runs, replay their results.")
-
-StreamOption = Annotated[str, typer.Option("--stream", metavar="STREAM", help="The stream of runs and results.")]
-RunArg = Annotated[str, typer.Argument(metavar="RUN", help="A run's id; `mist eval ls` lists them.")]
-COLUMNS = ["suite", "model", "passed", "total", "rate", "ci_low", "ci_high"]
-NOT_MET = 10
-PARTIAL = 9
-
-
-@app.command()
-async def run(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE", help="A suite (.toml), or GSM8K's recorded solutions (.jsonl).")
-    ],
-    name: Annotated[str, typer.Option("--run", metavar="ID", help="The run's id: go on with it, or give it.")] = "",
-    new: Annotated[bool, typer.Option("--new", help="A new run, also where one of this suite is unfinished.")] = False,
-    rate: Annotated[
-        float, typer.Option("--rate", min=0.0, metavar="N", help="At most N samples a second; 0 = no limit.")
-    ] = 0.0,
-    stream: StreamOption = "eval",
-) -> None:
-    """Run a suite; one durable result per sample and model.
-
-    An unfinished run of exactly this suite is gone on with (--new begins another): finished samples are never run
-    again. JSON: [{"suite", "model", "passed", "total", "rate", "ci_low", "ci_high"}], the interval is Wilson's at 95 %.
-    Exit code 9 when samples had no answer to grade; they count as failed.
-
-    Examples:
-      mist eval run suite.toml
-      mist eval run gsm8k_model_solutions.jsonl --format json
-    """
-    from mist.tools.matchspec.run import find_unfinished, new_run_id, run_suite
-
-    session = current()
-    out = session.out
-    suite = load_suite(Path(file))
-    broker, opened = await session.reach(stream, create=True)
-    if not name:
-        name = (not new and await find_unfinished(opened, suite)) or new_run_id(suite.name)
-    out.note(f"run {name}: {len(suite.samples)} samples, {len(suite.models)} models, on {broker.url} stream {stream}")
-    session.resume = f"go on with: mist eval run {file} --run {name}"
-    with out.progress("grading", suite.total) as bar:
-        outcome = await drained(
-            lambda stop: run_suite(
-                broker, opened, suite, run=name, stop=stop, rate=rate, on_progress=lambda done, _total: bar.at(done)
-            )
-        )
-    session.resume = ""
-    if outcome.kept:
-        out.note(
-            f"went on after sequence {outcome.resumed_after}: {outcome.kept} results were there, {outcome.ran} are new"
-        )
-    if outcome.run.info.errors:
-        out.warn(f"{outcome.run.info.errors} samples had no recorded answer and count as failed")
-        session.fail_with(PARTIAL)
-    table(session, outcome.run)
-
-
-def load_suite(path: Path) -> Suite:
-    """The suite a file holds: TOML, or recorded solutions recognised by their shape."""
-    from mist.tools.matchspec import gsm8k
-    from mist.tools.matchspec.suite import load
-
-    if path.suffix == ".toml":
-        return load(path)
-    if gsm8k.recognise(path):
-        return gsm8k.load(path)
-    raise InvalidArgument(
-        f"{path} is neither a suite (.toml) nor recorded solutions we know",
-        hint="write a suite file that names it as `data`: docs/how-to/run-an-eval.md",
-    )
+app.command()(run)
 
 
 def table(session: Session, run: Run) -> None:
@@ -175,37 +107,21 @@ def _sample(sequence: int, result: Any) -> dict[str, Any]:
 
 
 @app.command()
-async def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="The earlier run.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The later run.")],
-    stream: StreamOption = "eval",
-) -> None:
-    """Compare two runs sample by sample: what was gained, what was lost, and whether that could be chance.
-
-    Example:
-      mist eval diff basics-20260130-1 basics-20260131-1
-    """
-    import msgspec
-
-    from mist.tools.matchspec.results import diff as compare
-
-    session = current()
-    left, right = await _read(session, stream, a, b)
-    rows = [msgspec.to_builtins(d) for d in compare(left, right)]
-    if session.out.format == "table":
-        rows = [{**r, "gained": len(r["gained"]), "lost": len(r["lost"])} for r in rows]
-    session.out.rows(rows, ["model", "common", "rate_a", "rate_b", "delta", "gained", "lost", "p_value"])
-
-
-@app.command()
 async def replay(
     run: RunArg,
     from_: Annotated[
         str, typer.Option("--from", metavar="POS", help="First record: start, N, +N, @TIME, cursor:eval-RUN.")
     ] = "start",
+    suite: Annotated[
+        str, typer.Option("--suite", metavar="FILE", help="Judge what follows again, on the recorded answers.")
+    ] = "",
+    name: NameOption = "",
+    ask: AskOption = "",
     stream: StreamOption = "eval",
 ) -> None:
-    """Read the results of a run again from a position of the eval stream, without running anything.
+    """Read the results of a run again from a position of the eval stream, without running anything; with --suite make a
+    run of its own: results before the position are taken over, the others are judged again on the recorded answers, and no
+    model is asked.
 
     jsonl, csv and raw give one result per line; json gives {"run", "from", "last", "results", "eval": [rows]}, where the
     rows cover what was replayed. A run that was stopped keeps its position as the cursor eval-RUN.
@@ -213,6 +129,7 @@ async def replay(
     Examples:
       mist eval replay basics-20260131-1 --from cursor:eval-basics-20260131-1 --format json
       mist eval replay basics-20260131-1 --from 500 --format jsonl
+      mist eval replay basics-20260131-1 --from 500 --suite suite.toml --run again
     """
     import msgspec
 
@@ -225,6 +142,9 @@ async def replay(
     whole = await read_run(opened, run)
     position = parse_position(from_, now_ns=time.time_ns())
     after = await after_of(position, opened, broker.checkpoints if broker is not None else None, await opened.info())
+    if suite:
+        await replayed(run, suite, name, ask, stream, after)
+        return
     results = []
     last = after
     with out.lines() if out.format in ("jsonl", "csv", "raw") else _Silent() as lines:
@@ -254,42 +174,5 @@ class _Silent:
         return None
 
 
-@app.command()
-async def gate(
-    run: RunArg,
-    min_rate: Annotated[
-        float, typer.Option("--min-rate", min=0.0, max=1.0, metavar="R", help="What every model must reach, 0 to 1.")
-    ],
-    model: Annotated[
-        list[str] | None, typer.Option("--model", metavar="NAME", help="Only these models. Repeatable.")
-    ] = None,
-    lower_bound: Annotated[
-        bool, typer.Option("--lower-bound", help="Compare the lower end of the interval, not the rate.")
-    ] = False,
-    stream: StreamOption = "eval",
-) -> None:
-    """Exit 0 when the run is complete and every model reaches the rate, 10 otherwise. Never passes on nothing.
-
-    Example:
-      mist eval gate basics-20260131-1 --min-rate 0.9 --lower-bound
-    """
-    import msgspec
-
-    from mist.tools.matchspec.results import rows
-
-    session = current()
-    out = session.out
-    (found,) = await _read(session, stream, run)
-    wanted = model or found.manifest.models
-    table_rows = {r.model: r for r in rows((r.result for r in found.results), found.manifest.models)}
-    verdicts = []
-    for name in wanted:
-        row = table_rows.get(name)
-        reached = None if row is None else row.ci_low if lower_bound else row.rate
-        met = found.info.complete and reached is not None and reached >= min_rate
-        verdicts.append({"model": name, "reached": reached, "min_rate": min_rate, "met": met})
-    if not found.info.complete:
-        out.warn(f"run {run} is not complete: {found.info.done} of {found.info.total}")
-    out.rows([msgspec.to_builtins(v) for v in verdicts], ["model", "reached", "min_rate", "met"])
-    if not verdicts or not all(v["met"] for v in verdicts):
-        session.fail_with(NOT_MET)
+for _verb in (report, diff, gate, calibrate, rescore, fork, history, validate, init, serve):
+    app.command()(_verb)

@@ -6,6 +6,8 @@ from mist import config
 from mist.config import MistConfig
 from mist.tools.infermux import settings as infermux
 from mist.tools.infermux.settings import InferMuxSettings
+from mist.tools.matchspec import settings as matchspec
+from mist.tools.matchspec.settings import EvalSettings, MatchSpecSettings
 from mist.tools.tokentrace import settings as tokentrace
 from mist.tools.tokentrace.settings import TokenTraceSettings
 
@@ -15,6 +17,8 @@ class Settings(MistConfig, frozen=True, kw_only=True):
 
     tokentrace: TokenTraceSettings = TokenTraceSettings()
     infermux: InferMuxSettings = InferMuxSettings()
+    matchspec: MatchSpecSettings = MatchSpecSettings()
+    eval: EvalSettings = EvalSettings()
 
 
-TEMPLATE = config.TEMPLATE + tokentrace.TEMPLATE + infermux.TEMPLATE
+TEMPLATE = config.TEMPLATE + tokentrace.TEMPLATE + infermux.TEMPLATE + matchspec.TEMPLATE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ import typer
 
 from mist.cli._tools import StoreOption, store_path
 from mist.cli.options import Level, durability_of
-from mist.cli.session import current
+from mist.cli.session import Session, current
 from mist.cli.wrap import serves
 from mist.errors import InvalidArgument
 from mist.kit.signals import drained
@@ -21,6 +22,7 @@ from mist.kit.signals import drained
 if TYPE_CHECKING:
     from mist.cli._up_platform import Running, Tool
     from mist.cli.render import Output
+    from mist.tools.matchspec.suite import Suite
 
 TOOLS: dict[str, tuple[str, str]] = {
     "door": ("mist.cli._up_tools:door", "POST /mist: envelopes into the stream, answered when they are stored"),
@@ -31,12 +33,16 @@ TOOLS: dict[str, tuple[str, str]] = {
         "mist.cli._up_tools:infermux",
         "the inference router: /v1/chat/completions, /infer, requests of a stream",
     ),
+    "matchspec": ("mist.cli._up_tools:matchspec", "evals over HTTP: POST /run, GET /results"),
 }
 """name -> (a function that takes `store()`, which gives the path of a store of that name, and returns a Tool; what it
 does). The tools of later issues are lines here."""
 
 STORES = {"alerts": "tokentrace"}
 """Tools that work on another one's store."""
+
+KEY = "MATCHSPEC_API_KEY"
+"""The variable with the key of the evals' routes; unset = open."""
 
 LISTEN = "127.0.0.1:8080"
 """When neither the flag nor the settings say."""
@@ -89,6 +95,10 @@ async def command(
             "--wait", min=0.0, metavar="S", help="How long to wait for the broker at the start; 0 = for ever."
         ),
     ] = 30.0,
+    suites: Annotated[
+        list[str] | None,
+        typer.Option("--suites", metavar="FILE", help="Suites to serve. Default: matchspec.yml. Repeatable."),
+    ] = None,
     store: StoreOption = "",
     log_format: Annotated[
         LogFormat, typer.Option("--log-format", help="Of what is said on stderr: sentences, or lines for a collector.")
@@ -156,6 +166,10 @@ async def command(
             "settings": router, "url": session.url, "limits": limits, "door": "door" in chosen, "tokentrace": tokentrace,
             "host": host,
         },
+        "matchspec": {
+            "suites": lambda: _suites(session, suites or []), "prices": settings.prices, "key": os.environ.get(KEY, ""),
+            "door": bool({"door", "infermux"} & set(chosen)), "router": "infermux" in chosen, "host": host,
+        },
     }  # fmt: skip
     stores = {"infermux": router.store}
     made: dict[str, Tool] = {}
@@ -214,6 +228,16 @@ def _talk(
     with open_log(NAME, level=level.value, format="json" if format is LogFormat.json else "text") as log:
         logger = log.logger()
         yield logger.warning, lambda text, values: logger.info(text, **values)
+
+
+def _suites(session: Session, paths: list[str]) -> list[Suite]:
+    """Those named, or those of matchspec.yml; none where there is no such file."""
+    from mist.cli._eval_files import load
+    from mist.tools.matchspec.settings import find_config
+
+    if not paths and find_config(session.config.matchspec.config) is None:
+        return []
+    return load(session, paths)[0]
 
 
 def _chosen(text: str) -> list[str]:

@@ -54,6 +54,14 @@ def refusal(status: int, error: MistError, headers: Headers = ()) -> Answer:
     return Answer(status, msgspec.json.encode(error.to_wire()), headers=headers)
 
 
+def as_asked(scope: Scope, answer: Answer, error: MistError) -> Answer:
+    """The refusal as plain text, as the seed answers, where the client accepts that and no JSON."""
+    accept = b",".join(value for name, value in scope["headers"] if name.lower() == b"accept")
+    if b"text/plain" in accept and b"json" not in accept and b"*/*" not in accept:
+        return answer._replace(body=error.message.encode(), type=b"text/plain; charset=utf-8")
+    return answer
+
+
 def page(answer: Callable[[Scope], Awaitable[Answer]]) -> App:
     """An app for GET and HEAD; other methods are 405."""
 

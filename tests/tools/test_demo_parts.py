@@ -18,9 +18,9 @@ from mist.cli._demo_traffic import CONTEXT_TOKENS, GENERATED_TOKENS, draw, span_
 from mist.errors import Internal
 from mist.protocol.codec import encode
 from mist.protocol.payloads import TraceSpan
+from mist.tools.matchspec.judging import grade
+from mist.tools.matchspec.load import load_suite as load
 from mist.tools.matchspec.results import rows
-from mist.tools.matchspec.run import grade
-from mist.tools.matchspec.suite import load
 from mist.tools.tokentrace.ingest import Options, ingest
 from mist.tools.tokentrace.spans import row_of
 from mist.tools.tokentrace.store import Batch, Store
@@ -89,9 +89,13 @@ def test_the_suite_has_the_passes_it_was_written_with(tmp_path: Path) -> None:
     """Graders find exactly the answers that were written as right ones, for each of the three kinds."""
     path, right = write_suite(tmp_path / "s", seed=5, samples=300)
     suite = load(path)
-    table = rows((grade(suite, s, m, "r") for s in suite.samples for m in suite.models), suite.models)
+    table = rows((grade(suite.name, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
     assert {r.model: r.passed for r in table} == right
-    assert Counter(s.graders for s in suite.samples) == {("numeric",): 100, ("contains",): 100, ("exact",): 100}
+    assert Counter(s.graders for s in suite.harnesses[0].samples) == {
+        ("numeric",): 100,
+        ("contains",): 100,
+        ("exact",): 100,
+    }
 
 
 def acknowledged(tmp_path: Path, count: int) -> Path:

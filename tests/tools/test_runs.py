@@ -16,10 +16,13 @@ from mist.broker.base import Broker, Message, Stream
 from mist.errors import Ambiguous, Conflict, InvalidArgument, NotFound
 from mist.protocol.codec import decode
 from mist.protocol.payloads import EvalResult
+from mist.tools.matchspec.compare import Comparison, compare
 from mist.tools.matchspec.graders import grader
-from mist.tools.matchspec.results import diff, list_runs, mcnemar, read_run, records, result_of, rows, wilson
+from mist.tools.matchspec.report import count
+from mist.tools.matchspec.results import list_runs, read_run, records, result_of, rows
 from mist.tools.matchspec.run import cursor_name, find_unfinished, new_run_id, run_suite
-from mist.tools.matchspec.suite import Sample, Suite, suite_of
+from mist.tools.matchspec.statistics import mcnemar, wilson
+from mist.tools.matchspec.suite import Sample, Suite, recorded_suite
 
 
 class Killed(BaseException):
@@ -33,7 +36,7 @@ def suite(count: int = 20, right: int = 15, name: str = "s") -> Suite:
         "m": {s.id: s.id if int(s.id) <= right else "0" for s in samples},
         "n": {s.id: f"it is {s.id}" for s in samples},
     }
-    return suite_of(name, samples, answers, [grader({"type": "numeric"})], where="test")
+    return recorded_suite(name, samples, answers, [grader({"type": "numeric"})], where="test")
 
 
 async def opened(broker: Broker) -> Stream:
@@ -55,7 +58,7 @@ def test_a_run_is_a_manifest_and_one_result_per_sample_and_model() -> None:
             assert (first.correlation_id, first.causation_id) == ("r1", decode(page.records[0].data).id)
             stored = [result_of(r) for r in page.records[1:]]
             assert [(s.result.task, s.result.model) for s in stored if s] == [
-                (str(i), m) for i in range(1, 21) for m in ("m", "n")
+                (str(i), m) for m in ("m", "n") for i in range(1, 21)
             ]
             cursor = await broker.checkpoints.load("eval", cursor_name("r1"))
             assert cursor is not None
@@ -134,10 +137,11 @@ def test_a_stop_keeps_what_was_judged_and_the_rest_is_done_later() -> None:
                     stop.set()
 
             first = await run_suite(broker, stream, suite(), run="r1", batch=4, stop=stop, on_progress=enough)
-            assert (first.stopped, first.ran, first.run.info.complete) == (True, 12, False)
+            # the batch that was judged while the third was being stored is stored too
+            assert (first.stopped, first.ran, first.run.info.complete) == (True, 16, False)
             assert await find_unfinished(stream, suite()) == "r1"
             second = await run_suite(broker, stream, suite(), run="r1", batch=4)
-            assert (second.kept, second.ran, second.resumed_after) == (12, 28, 13)
+            assert (second.kept, second.ran, second.resumed_after) == (16, 24, 17)
             assert await find_unfinished(stream, suite()) is None
             third = await run_suite(broker, stream, suite(), run="r1")
             assert (third.kept, third.ran, third.stopped) == (40, 0, False)
@@ -225,7 +229,7 @@ def test_runs_are_listed_newest_first_and_strangers_passed_over() -> None:
 def test_a_missing_answer_is_an_error_result_and_never_a_pass() -> None:
     """It counts in the total, so a model that was not asked cannot look good."""
     samples = [Sample("1", "?", "1"), Sample("2", "?", "2")]
-    partial = suite_of("s", samples, {"m": {"1": "1"}}, [grader({"type": "numeric"})], where="t")
+    partial = recorded_suite("s", samples, {"m": {"1": "1"}}, [grader({"type": "numeric"})], where="t")
 
     async def body() -> None:
         async with mist.connect("memory:") as broker:
@@ -258,17 +262,23 @@ def test_two_runs_are_compared_sample_by_sample() -> None:
             stream = await opened(broker)
             for name, right in (("a", 15), ("b", 18), ("c", 3)):
                 await run_suite(broker, stream, suite(right=right), run=name)
-            a, b, c = [await read_run(stream, name) for name in "abc"]
-            up, same = diff(a, b)
+
+            async def diff(a: str, b: str) -> list[Comparison]:
+                before, after = [(await count(stream, name, ids=True)).tally for name in (a, b)]
+                return compare(before, after)
+
+            up, same = await diff("a", "b")
             assert (up.model, up.gained, up.lost, up.p_value) == ("m", ["16", "17", "18"], [], 0.25)
             assert up.delta == pytest.approx(0.15)
             assert (same.model, same.gained, same.lost, same.p_value) == ("n", [], [], 1.0)
-            down = diff(b, c)[0]
+            down = (await diff("b", "c"))[0]
             assert (len(down.lost), down.p_value < 0.001) == (15, True)
-            other = suite_of("o", [Sample("x", "", "1")], {"z": {"x": "1"}}, [grader({"type": "exact"})], where="t")
+            other = recorded_suite(
+                "o", [Sample("x", "", "1")], {"z": {"x": "1"}}, [grader({"type": "exact"})], where="t"
+            )
             await run_suite(broker, stream, other, run="d")
             with pytest.raises(Conflict, match="no model with common samples"):
-                diff(a, await read_run(stream, "d"))
+                await diff("a", "d")
 
     run(body())
 

@@ -12,9 +12,11 @@ import pytest
 from mist.errors import InvalidArgument, NotFound
 from mist.tools.matchspec import gsm8k
 from mist.tools.matchspec.graders import grader
+from mist.tools.matchspec.grading import GradeInput
+from mist.tools.matchspec.judging import grade
+from mist.tools.matchspec.load import load_suite as load
 from mist.tools.matchspec.results import rows
-from mist.tools.matchspec.run import grade
-from mist.tools.matchspec.suite import Suite, load
+from mist.tools.matchspec.suite import Suite
 
 DATA = Path(os.environ.get("MIST_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 SOLUTIONS = DATA / "gsm8k_model_solutions.jsonl"
@@ -53,10 +55,10 @@ def write(tmp_path: Path, config: str = CONFIG, samples: list[Any] = SAMPLES, an
 
 def verdicts(suite: Suite) -> dict[tuple[str, str], tuple[bool, str]]:
     found = {}
-    for sample in suite.samples:
-        for model in suite.models:
-            r = grade(suite, sample, model, "r")
-            found[model, sample.id] = (r.passed, r.error)
+    for harness in suite.harnesses:
+        for sample in harness.samples:
+            r = grade(suite.name, harness, sample, "r")
+            found[r.model, sample.id] = (r.passed, r.error)
     return found
 
 
@@ -76,8 +78,10 @@ def test_without_names_every_grader_must_pass(tmp_path: Path) -> None:
     """The score is the share that passed, `passed` wants all of them."""
     samples = [{"id": "1", "expected": "4"}]
     suite = load(write(tmp_path, samples=samples, answers=[{"id": "1", "model": "m", "output": "A: 4"}]))
-    result = grade(suite, suite.samples[0], "m", "r")
-    assert (result.passed, result.score, result.graders) == (False, 0.5, ["numeric", "word"])
+    (harness,) = suite.harnesses
+    result = grade(suite.name, harness, next(iter(harness.samples)), "r")
+    assert (result.passed, result.score) == (False, 0.5)
+    assert [(s.grader, s.passed) for s in result.scores] == [("numeric", True), ("word", False)]
 
 
 def test_the_digest_changes_with_every_word(tmp_path: Path) -> None:
@@ -107,10 +111,11 @@ def test_the_digest_changes_with_every_word(tmp_path: Path) -> None:
         (CONFIG, [SAMPLES[0], SAMPLES[0]], ANSWERS[:1], "occurs twice"),
         (CONFIG, [{**SAMPLES[0], "grader": "nope"}], ANSWERS[:1], "asks for the grader 'nope'"),
         (CONFIG, [{**SAMPLES[0], "grader": 3}], ANSWERS[:1], "not the name of a grader"),
-        (CONFIG, [{**SAMPLES[0], "expected": ""}], ANSWERS[:1], "no number in the expected text"),
+        (CONFIG, [{**SAMPLES[0], "expected": ""}], ANSWERS[:1], "no text or number under 'expected'"),
+        (CONFIG, [{**SAMPLES[0], "expected": "four"}], ANSWERS[:1], "no number in the expected text 'four'"),
         (CONFIG, [{"id": "1"}], ANSWERS[:1], "no text or number under 'expected'"),
-        (CONFIG, ["nonsense\n"], ANSWERS, "d.jsonl:1: not JSON"),
-        (CONFIG, ["[]\n"], ANSWERS, "d.jsonl:1: not a JSON object"),
+        (CONFIG, ["nonsense\n"], ANSWERS, r"d\.jsonl:1:5: not JSON"),
+        (CONFIG, ["[]\n"], ANSWERS, r"d\.jsonl:1:1: not a JSON object"),
         (CONFIG, SAMPLES, [*ANSWERS, ANSWERS[0]], "a second answer of m"),
         (CONFIG, SAMPLES, [*ANSWERS, {"id": "9", "model": "m", "output": ""}], "belong to no sample"),
         (CONFIG, SAMPLES, [{"id": "1", "output": "x"}], "a.jsonl:1"),
@@ -171,7 +176,7 @@ def test_the_published_counts_come_from_the_texts_alone(tmp_path: Path) -> None:
     turned.write_text("".join(json.dumps(r) + "\n" for r in rows_of_file))
     for path in (SOLUTIONS, turned):
         suite = gsm8k.load(path)
-        table = rows((grade(suite, s, m, "r") for s in suite.samples for m in suite.models), suite.models)
+        table = rows((grade(suite.name, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
         assert [(r.model, r.passed, r.total) for r in table] == [(m, n, 1319) for m, n in PUBLISHED.items()]
 
 
@@ -182,10 +187,11 @@ def test_our_verdict_agrees_with_the_published_one_sample_by_sample() -> None:
     published = [json.loads(line) for line in SOLUTIONS.read_text().splitlines()]
     text = grader({"type": "exact", "marker": "A:", "expected_marker": "A:"})
     by_text = 0
-    for sample, row in zip(suite.samples, published, strict=True):
-        for model in suite.models:
-            assert grade(suite, sample, model, "r").passed is row[model]["is_correct"], (sample.id, model)
-            by_text += text.grade(row[model]["solution"], sample.expected).passed
+    for harness in suite.harnesses:
+        for sample, row in zip(harness.samples, published, strict=True):
+            answer = row[harness.label]
+            assert grade(suite.name, harness, sample, "r").passed is answer["is_correct"], (sample.id, harness.label)
+            by_text += text.grade(GradeInput(output=answer["solution"], expected=sample.expected)).passed
     assert sum(PUBLISHED.values()) - by_text == 10
 
 
@@ -203,4 +209,5 @@ def test_the_gsm8k_test_file_can_be_the_data_of_a_suite(tmp_path: Path) -> None:
         '[[graders]]\ntype = "numeric"\nexpected_marker = "####"\n'
     )
     suite = load(tmp_path / "s.toml")
-    assert sum(grade(suite, s, "echo", "r").passed for s in suite.samples) == 1319
+    (harness,) = suite.harnesses
+    assert sum(grade(suite.name, harness, s, "r").passed for s in harness.samples) == 1319

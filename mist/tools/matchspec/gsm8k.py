@@ -16,7 +16,7 @@ from msgspec import Raw, Struct
 
 from mist.errors import InvalidArgument
 from mist.tools.matchspec.graders import Numeric
-from mist.tools.matchspec.suite import Sample, Suite, lines, suite_of
+from mist.tools.matchspec.suite import Sample, Suite, lines, recorded_suite
 
 MARKER = "A:"
 
@@ -63,4 +63,6 @@ def load(path: Path) -> Suite:
         samples.append(Sample(str(number), row.question, row.ground_truth))
         for model, text in solutions.items():
             answers.setdefault(model, {})[str(number)] = text
-    return suite_of(path.stem, samples, answers, [Numeric(marker=MARKER, expected_marker=MARKER)], where=str(path))
+    return recorded_suite(
+        path.stem, samples, answers, [Numeric(marker=MARKER, expected_marker=MARKER)], where=str(path)
+    )

@@ -30,7 +30,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from mist.errors import InvalidArgument, MistError, NotFound
-from mist.kit.server import Answer, App, Receive, Scope, Send, refusal, reply
+from mist.kit.server import Answer, App, Receive, Scope, Send, as_asked, refusal, reply
 from mist.quantities import Duration
 from mist.tools.tokentrace import queries
 from mist.tools.tokentrace.alerts.measure import ALIASES, METRICS
@@ -200,7 +200,7 @@ class Api:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["method"] not in ("GET", "HEAD"):
                 error = InvalidArgument(f"{scope['method']} is not served at {scope['path']}", hint="GET")
-                await reply(scope, send, _plain(scope, refusal(405, error, ((b"allow", b"GET, HEAD"),)), error))
+                await reply(scope, send, as_asked(scope, refusal(405, error, ((b"allow", b"GET, HEAD"),)), error))
                 return
             try:
                 query = Query(scope.get("query_string", b""), self._clock())
@@ -212,7 +212,7 @@ class Api:
                 headers: tuple[tuple[bytes, bytes], ...] = ()
                 if exc.http_status in (429, 503):
                     headers = ((b"retry-after", b"%d" % max(1, round(exc.retry_after_s or 1))),)
-                answer = _plain(scope, refusal(exc.http_status, exc, headers), exc)
+                answer = as_asked(scope, refusal(exc.http_status, exc, headers), exc)
             await reply(scope, send, answer)
 
         return app
@@ -320,11 +320,3 @@ def _documented(m: Metrics) -> dict[str, Any]:
             "score_avg": m.score.avg, "score_p10": m.score.p10, "scored_span_count": m.score.known,
         },
     }  # fmt: skip
-
-
-def _plain(scope: Scope, answer: Answer, error: MistError) -> Answer:
-    """As plain text, as the seed answers, where the client accepts that and no JSON."""
-    accept = b",".join(value for name, value in scope["headers"] if name.lower() == b"accept")
-    if b"text/plain" in accept and b"json" not in accept and b"*/*" not in accept:
-        return answer._replace(body=error.message.encode(), type=b"text/plain; charset=utf-8")
-    return answer

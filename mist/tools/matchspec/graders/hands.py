@@ -1,0 +1,62 @@
+"""Whom graders ask, handed in by the program that runs them: a judge, embeddings, traces. This tool knows none by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from copy import copy
+from typing import TypeVar
+
+from msgspec import Struct
+
+from mist.errors import InvalidArgument
+from mist.protocol.envelope import Envelope
+from mist.protocol.payloads import TraceSpan
+from mist.tools.matchspec.graders.base import Base
+from mist.tools.matchspec.grading import Grader
+
+G = TypeVar("G", bound=Grader)
+
+Ask = Callable[[Envelope], Awaitable[Envelope]]
+"""`infer.request` -> `infer.response`, or a MistError. The request's id is made from what is asked: equal questions have
+equal ids, so that recorded answers can be found by it."""
+Embed = Callable[[str, list[str]], Awaitable[list[list[float]]]]
+"""(model, texts) -> one vector per text."""
+Trace = Callable[[str], Awaitable[Sequence[TraceSpan]]]
+"""A trace's id -> its spans; none when it is not known (yet)."""
+
+
+class Hands(Struct, frozen=True, kw_only=True):
+    """`verdicts` keeps the judges' replies by the key of what was asked, for as long as the program wants them."""
+
+    ask: Ask | None = None
+    embed: Embed | None = None
+    trace: Trace | None = None
+    verdicts: MutableMapping[str, str] = {}
+
+
+class Asker(Base, frozen=True, kw_only=True):
+    """A grader that asks. Without hands every verdict is an error."""
+
+    @property
+    def hands(self) -> Hands:
+        found: Hands = self.__dict__.get("hands_given", _NONE)
+        return found
+
+    def nobody(self, what: str) -> InvalidArgument:
+        return self.wrong(f"nobody was handed in to ask for {what}")
+
+
+_NONE = Hands()
+
+
+def equip(graders: Sequence[G], hands: Hands) -> tuple[G, ...]:
+    """The graders, those that ask with somebody to ask. Their settings, and so digests, stay the same."""
+    return tuple(_equipped(g, hands) for g in graders)
+
+
+def _equipped(grader: G, hands: Hands) -> G:
+    if not isinstance(grader, Asker):
+        return grader
+    twin = copy(grader)
+    twin.__dict__["hands_given"] = hands
+    return twin

@@ -1,0 +1,205 @@
+"""From an answer to a result: the graders of one harness, applied.
+
+Pure but for graders that ask somebody. A grader that fails makes an error of the sample, never a pass: `error_kind` tells
+the model's failures from the graders'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+
+from mist.errors import InvalidArgument, MistError, TimedOut
+from mist.tools.matchspec.asking import Answer
+from mist.tools.matchspec.grading import Asking, GradeInput, Grader, Pure, Score, Verdict, combine, failed, score_of
+from mist.tools.matchspec.results import ErrorKind, Result
+from mist.tools.matchspec.suite import Harness, Sample, sample_key
+
+OUTPUT_CHARS_MAX = 64 * 1024
+EXCERPT_CHARS_MAX = 1000
+"""Of inputs, expectations and compared answers in a result."""
+
+
+class Judge:
+    """One harness of one run. `baseline(key, epoch)` is the score to compare with, None where there is none."""
+
+    def __init__(
+        self, suite: str, harness: Harness, run: str, *, baseline: Callable[[str, int], float | None] | None = None
+    ) -> None:
+        self.suite = suite
+        self.harness = harness
+        self.run = run
+        self.asks = any(isinstance(g, Asking) for g in harness.graders)
+        self._label = harness.label
+        self._weighted = harness.weights is not None
+        self._baseline = baseline
+        self._of: dict[tuple[str, ...], tuple[Grader, ...]] = {(): tuple(harness.graders)}
+
+    def graders(self, sample: Sample) -> tuple[Grader, ...]:
+        found = self._of.get(sample.graders)
+        if found is None:
+            found = tuple(g for g in self.harness.graders if g.name in sample.graders)
+            self._of[sample.graders] = found
+        return found
+
+    def at_once(self, sample: Sample, answer: Answer | str | None, key: str, index: int, epoch: int) -> Result:
+        """The result where every grader is pure. None: there is no answer."""
+        began = time.perf_counter_ns()
+        if answer is None:
+            return self.error(sample, key, index, epoch, "no recorded answer", "no_answer")
+        graders = self.graders(sample)
+        given = _given(sample, answer)
+        scores = []
+        compared = None
+        for g in graders:
+            try:
+                verdict = g.grade(given)  # type: ignore[attr-defined]  # Pure: the caller looks at `asks`
+                scores.append(score_of(g, verdict))
+                if compared is None:
+                    compared = verdict.answer
+            except Exception as exc:  # a grader of a user may raise anything; the sample pays, not the run
+                scores.append(failed(g, _why(exc)))
+        return self._result(sample, answer, key, index, epoch, graders, scores, compared, began)
+
+    async def asking(
+        self, sample: Sample, answer: Answer | str | None, key: str, index: int, epoch: int, *, timeout_s: float
+    ) -> Result:
+        """The same where some graders have to ask somebody, each for no longer than `timeout_s`."""
+        began = time.perf_counter_ns()
+        if answer is None:
+            return self.error(sample, key, index, epoch, "no recorded answer", "no_answer")
+        graders = self.graders(sample)
+        given = _given(sample, answer)
+        scores = []
+        compared = None
+        for g in graders:
+            try:
+                if isinstance(g, Asking):
+                    verdict = await _in_time(g.grade_async(given), timeout_s)
+                elif isinstance(g, Pure):
+                    verdict = g.grade(given)
+                else:
+                    raise InvalidArgument(f"grader {g.name} neither grades nor asks")
+                scores.append(score_of(g, verdict))
+                if compared is None:
+                    compared = verdict.answer
+            except Exception as exc:  # as above
+                scores.append(failed(g, _why(exc)))
+        return self._result(sample, answer, key, index, epoch, graders, scores, compared, began)
+
+    def error(
+        self,
+        sample: Sample,
+        key: str,
+        index: int,
+        epoch: int,
+        error: str,
+        kind: ErrorKind,
+        *,
+        attempts: int = 1,
+        request_id: str = "",
+    ) -> Result:
+        """Nothing to judge: a failure that says why."""
+        error = error[:EXCERPT_CHARS_MAX]
+        return Result(
+            suite=self.suite, task=sample.id, passed=False, score=0.0, baseline_score=0.0, delta=0.0, duration_ms=0,
+            error=error, run=self.run, harness=self.harness.name, model=self._label, key=key, index=index, epoch=epoch,
+            scores=[Score(g.name, 0.0, False, "", "no output") for g in self.graders(sample)], error_kind=kind,
+            input=sample.input[:EXCERPT_CHARS_MAX], expected=sample.expected[-EXCERPT_CHARS_MAX:], tags=sample.tags,
+            attempts=attempts, request_id=request_id,
+        )  # fmt: skip
+
+    def _result(
+        self,
+        sample: Sample,
+        answer: Answer | str,
+        key: str,
+        index: int,
+        epoch: int,
+        graders: tuple[Grader, ...],
+        scores: list[Score],
+        compared: str | None,
+        began: int,
+    ) -> Result:
+        weights = [g.weight or 0.0 for g in graders] if self._weighted else None
+        passed, score = combine(scores, weights, self.harness.pass_score)
+        error = next((f"grader {s.grader}: {s.error}" for s in scores if s.error), "")
+        told = answer if isinstance(answer, Answer) else None
+        text = told.output if told is not None else str(answer)
+        base = self._baseline(key, epoch) if self._baseline is not None else None
+        if told is not None and told.latency_ms is not None:
+            duration_ms = int(told.latency_ms)
+        else:
+            duration_ms = (time.perf_counter_ns() - began) // 1_000_000
+        return Result(
+            suite=self.suite,
+            task=sample.id,
+            passed=passed and not error,
+            score=score,
+            baseline_score=base if base is not None else 0.0,
+            delta=score - base if base is not None else 0.0,
+            duration_ms=duration_ms,
+            error=error[:EXCERPT_CHARS_MAX],
+            run=self.run,
+            harness=self.harness.name,
+            model=self._label,
+            key=key,
+            index=index,
+            epoch=epoch,
+            scores=scores,
+            answer=compared if compared is None else compared[-EXCERPT_CHARS_MAX:],
+            error_kind="grader" if error else "",
+            input=sample.input[:EXCERPT_CHARS_MAX],
+            expected=sample.expected[-EXCERPT_CHARS_MAX:],
+            output=text[:OUTPUT_CHARS_MAX],
+            output_cut=len(text) > OUTPUT_CHARS_MAX,
+            output_sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+            tags=sample.tags,
+            tokens_in=told.tokens_in if told else None,
+            tokens_out=told.tokens_out if told else None,
+            cost_usd=told.cost_usd if told else None,
+            latency_ms=told.latency_ms if told else None,
+            request_id=told.request_id if told else "",
+            trace_id=told.trace_id if told else "",
+        )
+
+
+def grade(suite: str, harness: Harness, sample: Sample, run: str, *, index: int = 0, epoch: int = 1) -> Result:
+    """Judge one recorded answer by pure graders."""
+    from mist.tools.matchspec.models import at_once
+
+    known = at_once(harness)
+    judge = Judge(suite, harness, run)
+    if known is None or judge.asks:
+        raise InvalidArgument(f"harness {harness.name}: somebody has to be asked")
+    return judge.at_once(sample, known(sample), sample_key(harness.name, sample), index, epoch)
+
+
+def _given(sample: Sample, answer: Answer | str) -> GradeInput:
+    if isinstance(answer, str):
+        return GradeInput(
+            output=answer, expected=sample.expected, input=sample.input, sample_id=sample.id,
+            metadata=sample.metadata, tags=sample.tags,
+        )  # fmt: skip
+    return GradeInput(
+        output=answer.output, expected=sample.expected, input=sample.input, sample_id=sample.id,
+        metadata=sample.metadata, tags=sample.tags, cost_usd=answer.cost_usd, latency_ms=answer.latency_ms,
+        tokens_in=answer.tokens_in, tokens_out=answer.tokens_out, trace_id=answer.trace_id,
+    )  # fmt: skip
+
+
+async def _in_time(verdict: Awaitable[Verdict], timeout_s: float) -> Verdict:
+    limit = asyncio.timeout(timeout_s)
+    try:
+        async with limit:
+            return await verdict
+    except TimeoutError as exc:
+        if limit.expired():
+            raise TimedOut(f"no verdict within {timeout_s:g} s") from exc
+        raise
+
+
+def _why(exc: Exception) -> str:
+    return exc.message if isinstance(exc, MistError) else f"{type(exc).__name__}: {exc}"

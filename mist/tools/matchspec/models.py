@@ -1,0 +1,416 @@
+"""Who answers. `answerer(spec, …)` gives one for every kind of model but the recorded one.
+
+`at_once` answers without waiting for anybody (echo, noop); the others are asked: `await ask(question)` gives an
+`infer.response` envelope. `records` says whether whoever answers stores question and answer in the stream of answers
+itself; where not, the runner does.
+
+    infer    over a broker stream    the question is published under its own id and answered by whoever consumes it;
+                                     the answer is the first `infer.response` with its correlation_id
+             over http(s)            POST /mist
+             callable                handed in by the program
+    http     any endpoint, by template and path
+    command  a program, without a shell; killed with its group when it takes too long
+    python   a callable
+
+Errors are MistErrors whose `retryable` says whether asking again can help. Does not retry and does not time: the runner
+does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import inspect
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import msgspec
+
+from mist.broker.base import Stream
+from mist.broker.patience import again
+from mist.client.client import to_message
+from mist.client.received import decode_record
+from mist.errors import (
+    Internal,
+    InvalidArgument,
+    Malformed,
+    MistError,
+    NotAuthorised,
+    NotFound,
+    TooLarge,
+    TransportError,
+    Unavailable,
+    Unsupported,
+)
+from mist.protocol.codec import decode_foreign, encode
+from mist.protocol.envelope import Envelope
+from mist.protocol.payloads import INFER_RESPONSE
+from mist.tools.matchspec.asking import Answer, Ask, Question, response
+from mist.tools.matchspec.suite import Command, Echo, Harness, Http, Infer, Noop, Python, Recorded, Sample
+from mist.transport._status import error_for
+
+OUTPUT_BYTES_MAX = 8 * 1024 * 1024
+STDERR_CHARS_MAX = 500
+ANSWERS = (INFER_RESPONSE, f"{INFER_RESPONSE}.>")
+_HOLE = re.compile(r"\{\{\s*(input|system|id)\s*\}\}")
+_STEP = re.compile(r"(?:^|\.)([A-Za-z_$][\w$-]*)|\[(\d+)\]", re.ASCII)
+
+
+class Answerer(Protocol):
+    records: bool
+
+    async def ask(self, q: Question) -> Envelope: ...
+
+    async def aclose(self) -> None: ...
+
+
+def at_once(harness: Harness) -> Callable[[Sample], str | None] | None:
+    """What answers without waiting; None where somebody must be asked. None as its answer: there is none."""
+    model = harness.model
+    match model:
+        case Recorded():
+            answers = model.answers
+            return (lambda sample: sample.output) if answers is None else lambda sample: answers.get(sample.id)
+        case Echo():
+            return harness.prompt
+        case Noop():
+            return lambda sample: ""
+    return None
+
+
+def answerer(
+    harness: Harness, *, ask: Ask | None, stream: Stream, after: int, asked: Callable[[str], bool]
+) -> Answerer:
+    """Ready to be asked. `stream`: where questions go that go over a broker, `after`: from where on their answers are looked
+    for, `asked`: whether a question lies there already. Raises InvalidArgument, NotFound, NotAuthorised, Unsupported."""
+    model = harness.model
+    match model:
+        case Infer(url="") if ask is not None:
+            return _Callable(ask)
+        case Infer(url=url) if urlsplit(url).scheme in ("http", "https"):
+            return _OverHttp(url)
+        case Infer():
+            return _OverBroker(stream, after, asked)
+        case Http():
+            return _Endpoint(model, harness.label)
+        case Command():
+            return _Program(model, harness.label)
+        case Python():
+            return _Function(model, harness.label)
+    raise InvalidArgument(f"harness {harness.name}: nobody has to be asked")
+
+
+class _Callable:
+    records = False
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+
+    async def ask(self, q: Question) -> Envelope:
+        return await self._ask(q.request)
+
+    async def aclose(self) -> None:
+        return None
+
+
+class _OverBroker:
+    """Questions on a stream, answers from it. One task follows the answers for all who wait."""
+
+    records = True
+
+    def __init__(self, stream: Stream, after: int, asked: Callable[[str], bool]) -> None:
+        self._stream = stream
+        self._after = after
+        self._asked = asked
+        self._waiting: dict[str, asyncio.Future[Envelope]] = {}
+        self._following: asyncio.Task[None] | None = None
+
+    async def ask(self, q: Question) -> Envelope:
+        future = self._waiting.get(q.id)
+        if future is None:
+            future = self._waiting[q.id] = asyncio.get_running_loop().create_future()
+        try:
+            if self._following is None or self._following.done():
+                self._following = asyncio.create_task(self._follow())
+            if not self._asked(q.id):
+                message = to_message(q.request, size_bytes_max=self._stream.size_bytes_max)
+                await again(lambda: self._stream.append([message]))
+            return await asyncio.shield(future)
+        finally:
+            self._waiting.pop(q.id, None)
+
+    async def _follow(self) -> None:
+        try:
+            while True:
+                page = await again(
+                    lambda: self._stream.read(after=self._after, subjects=ANSWERS, limit=1000, wait_s=5.0)
+                )
+                for record in page.records:
+                    try:
+                        env = decode_record(record)
+                    except MistError:
+                        continue  # not an envelope, so nobody's answer
+                    waiter = self._waiting.get(env.correlation_id)
+                    if waiter is not None and not waiter.done():
+                        waiter.set_result(env)
+                self._after = page.scanned
+        except MistError as exc:
+            for waiter in self._waiting.values():
+                if not waiter.done():
+                    error = Unavailable(f"the answers on stream {self._stream.name} cannot be read: {exc}")
+                    error.__cause__ = exc
+                    waiter.set_exception(error)
+
+    async def aclose(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait({self._following})
+
+
+def _aiohttp() -> Any:
+    try:
+        import aiohttp
+    except ImportError as exc:
+        raise Unsupported("http", "this installation", hint="pip install 'mist-stack[infer]'") from exc
+    return aiohttp
+
+
+class Posting:
+    """One pooled HTTP session, made at the first question."""
+
+    def __init__(self, url: str) -> None:
+        self._aiohttp = _aiohttp()
+        self._session: Any = None
+        self._where = urlsplit(url)._replace(query="", fragment="").geturl()
+        if "@" in self._where:
+            raise InvalidArgument("a URL of a model holds a user or a password", hint="put the key into `api_key_env`")
+
+    async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str]) -> bytes:
+        """The answer's body. Raises what its status, or its absence, stands for."""
+        if self._session is None:
+            self._session = self._aiohttp.ClientSession(
+                timeout=self._aiohttp.ClientTimeout(total=None, sock_connect=10),
+                connector=self._aiohttp.TCPConnector(limit=0),
+            )
+        try:
+            async with self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as answer:
+                found = bytearray()
+                async for piece in answer.content.iter_chunked(1 << 16):
+                    found += piece
+                    if len(found) > OUTPUT_BYTES_MAX:
+                        raise TooLarge(
+                            f"answer of {self._where}", size_bytes=len(found), size_bytes_max=OUTPUT_BYTES_MAX
+                        )
+                if answer.status >= 300:
+                    told = {k.lower(): v for k, v in answer.headers.items()}
+                    raise error_for(answer.status, told, bytes(found), self._where)
+                return bytes(found)
+        except self._aiohttp.ClientError as exc:
+            raise Unavailable(f"{self._where}: {type(exc).__name__}: {exc}") from exc
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+class _OverHttp:
+    records = False
+
+    def __init__(self, url: str) -> None:
+        self._url = url if urlsplit(url).path not in ("", "/") else url.rstrip("/") + "/mist"
+        self._http = Posting(url)
+
+    async def ask(self, q: Question) -> Envelope:
+        headers = {"Content-Type": "application/json", "traceparent": q.request.traceparent}
+        body = await self._http.send("POST", self._url, encode(q.request), headers)
+        if not body.strip():
+            raise TransportError(f"{self._url}: took the question and gave no answer", retryable=False)
+        return decode_foreign(body)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+
+class _Endpoint:
+    records = False
+
+    def __init__(self, spec: Http, label: str) -> None:
+        self._spec = spec
+        self._label = label
+        self._http = Posting(spec.endpoint)
+        self._headers = {"Content-Type": "application/json", **spec.headers}
+        if spec.api_key_env:
+            key = os.environ.get(spec.api_key_env, "")
+            if not key:
+                raise NotAuthorised(f"model {label}: the variable {spec.api_key_env} is not set")
+            if not any(name.lower() == "authorization" for name in spec.headers):
+                self._headers["Authorization"] = f"Bearer {key}"
+            self._headers = {k: v.replace("{{api_key}}", key) for k, v in self._headers.items()}
+        if spec.response_path:
+            path_steps(spec.response_path)
+
+    async def ask(self, q: Question) -> Envelope:
+        began = time.perf_counter_ns()
+        template = self._spec.request_template
+        body = (
+            None
+            if self._spec.method == "GET"
+            else msgspec.json.encode({"input": q.prompt} if template is None else fill(template, q))
+        )
+        url = str(fill(self._spec.endpoint, q)) if "{{" in self._spec.endpoint else self._spec.endpoint
+        raw = await self._http.send(self._spec.method, url, body, self._headers)
+        if not self._spec.response_path:
+            output = raw.decode("utf-8", "replace")
+        else:
+            try:
+                output = pick(msgspec.json.decode(raw), self._spec.response_path)
+            except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+                raise Malformed(f"model {self._label}: the answer is not JSON: {exc}") from exc
+        return response(q, Answer(output=output, latency_ms=_since_ms(began)), self._label)
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+
+def fill(template: Any, q: Question) -> Any:
+    """The template with its holes filled; only texts are looked into, so that no input can change its shape."""
+    if isinstance(template, str):
+        values = {"input": q.prompt, "system": q.system, "id": q.sample.id}
+        return _HOLE.sub(lambda m: values[m[1]], template)
+    if isinstance(template, dict):
+        return {k: fill(v, q) for k, v in template.items()}
+    if isinstance(template, list | tuple):
+        return [fill(v, q) for v in template]
+    return template
+
+
+def path_steps(path: str) -> list[str | int]:
+    """`choices[0].message.content` as its steps. Raises InvalidArgument."""
+    steps: list[str | int] = []
+    at = 0
+    for m in _STEP.finditer(path):
+        if m.start() != at:
+            break
+        steps.append(m[1] if m[1] is not None else int(m[2]))
+        at = m.end()
+    if at != len(path) or not steps:
+        raise InvalidArgument(f"not a path into an answer: {path!r}", hint="for example choices[0].message.content")
+    return steps
+
+
+def pick(document: Any, path: str) -> str:
+    """The text (or number, as text) at the path. Raises Malformed when there is none."""
+    value: Any = document
+    for step in path_steps(path):
+        try:
+            fits = isinstance(value, list if isinstance(step, int) else dict)
+            value = value[step] if fits else None
+        except (KeyError, IndexError):
+            value = None
+        if value is None:
+            raise Malformed(f"the answer has nothing at {path} (looked for {step!r})")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return msgspec.json.encode(value).decode()
+    raise Malformed(f"what the answer has at {path} is no text")
+
+
+class _Program:
+    records = False
+
+    def __init__(self, spec: Command, label: str) -> None:
+        if not spec.command:
+            raise InvalidArgument("model of type command: no command")
+        self._spec = spec
+        self._label = label
+
+    async def ask(self, q: Question) -> Envelope:
+        began = time.perf_counter_ns()
+        argv = list(self._spec.command)
+        env = dict(os.environ)
+        if self._spec.input_via == "arg":
+            argv.append(q.prompt)
+        elif self._spec.input_via == "env":
+            env["INPUT"] = q.prompt
+        by_stdin = self._spec.input_via == "stdin"
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.PIPE if by_stdin else asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=env,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as exc:
+            raise NotFound(f"model {self._label}: cannot start {argv[0]!r}: {exc}") from exc
+        try:
+            out, err = await process.communicate(q.prompt.encode() if by_stdin else None)
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await asyncio.shield(process.wait())
+        if process.returncode:
+            told = err.decode("utf-8", "replace").strip()[-STDERR_CHARS_MAX:]
+            raise TransportError(f"model {self._label}: exit code {process.returncode}: {told}", retryable=False)
+        if len(out) > OUTPUT_BYTES_MAX:
+            raise TooLarge(f"answer of {self._label}", size_bytes=len(out), size_bytes_max=OUTPUT_BYTES_MAX)
+        output = out.decode("utf-8", "replace").removesuffix("\n")
+        return response(q, Answer(output=output, latency_ms=_since_ms(began)), self._label)
+
+    async def aclose(self) -> None:
+        return None
+
+
+class _Function:
+    records = False
+
+    def __init__(self, spec: Python, label: str) -> None:
+        self._label = label
+        self._call = load_callable(spec.target)
+
+    async def ask(self, q: Question) -> Envelope:
+        began = time.perf_counter_ns()
+        try:
+            if inspect.iscoroutinefunction(self._call):
+                output = await self._call(q.prompt)
+            else:
+                output = await asyncio.to_thread(self._call, q.prompt)
+        except MistError:
+            raise
+        except Exception as exc:  # somebody else's code may raise anything
+            raise Internal(f"model {self._label} raised {type(exc).__name__}: {exc}") from exc
+        if not isinstance(output, str):
+            raise Malformed(f"model {self._label} gave {type(output).__name__}, not text")
+        return response(q, Answer(output=output, latency_ms=_since_ms(began)), self._label)
+
+    async def aclose(self) -> None:
+        return None
+
+
+def load_callable(target: str) -> Callable[..., Any]:
+    """`module:callable`. Raises InvalidArgument, NotFound."""
+    module, colon, name = target.partition(":")
+    if not colon or not module or not name:
+        raise InvalidArgument(f"not a callable: {target!r}", hint="module:callable")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as exc:
+        raise NotFound(f"no {target}: {exc}") from exc
+    if not callable(found):
+        raise InvalidArgument(f"{target} is not callable")
+    return found  # type: ignore[no-any-return]
+
+
+def _since_ms(began_ns: int) -> float:
+    return (time.perf_counter_ns() - began_ns) / 1e6
