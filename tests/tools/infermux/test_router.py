@@ -180,6 +180,8 @@ def test_a_hanging_provider_is_cancelled() -> None:
                 routed = await found.complete(question())
             assert [(x.provider, x.kind) for x in routed.attempts] == [("a", "timeout"), ("b", "")]
             assert (a.cancelled, a.under_way) == (1, 0)
+            hung = found.providers()[0].models[0]
+            assert (hung.first_s if streamed else hung.latency_s) is not None  # slow, and known to be
             at_rest(found)
 
     run(body())
@@ -514,6 +516,38 @@ def test_the_second_of_two_may_be_first() -> None:
         await asyncio.wait({task})
         assert task.cancelled()
         assert a.under_way == b.under_way == 0
+        at_rest(found)
+
+    run(body())
+
+
+def test_cancelled_while_the_second_of_two_is_stopped() -> None:
+    """The answer is there, the other attempt takes its time to end, and the caller goes, twice: nothing is left."""
+
+    class Slow(Scripted):
+        async def complete(self, request: ChatRequest, model: str, *, timeout_s: float) -> Reply:
+            try:
+                return await super().complete(request, model, timeout_s=timeout_s)
+            except asyncio.CancelledError:
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                raise
+
+    async def body() -> None:
+        a, b = Slow("a", HANG), Scripted("b", "quick")
+        b.gate = asyncio.Event()
+        found = router(a, b, routing={"hedge_after": 0.001})
+        task = asyncio.create_task(found.complete(question()))
+        while not b.asked:
+            await asyncio.sleep(0)
+        b.gate.set()
+        while not a.cancelled:
+            await asyncio.sleep(0)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait({task})
+        assert task.cancelled()
         at_rest(found)
 
     run(body())
