@@ -35,17 +35,17 @@ def there() -> Any:
 
 
 @asynccontextmanager
-async def client(there: Providers, timeout_s: float = 60.0, **options: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+async def client(there: Providers, timeout: str = "60s", **options: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     there.heal()
     settings = InferMuxSettings(
         providers=(
             ProviderSettings(
-                name="oai", type="openai", base_url=there.openai_url, api_key_env="K", timeout=Duration(timeout_s),
+                name="oai", type="openai", base_url=there.openai_url, api_key_env="K", timeout=Duration(timeout),
                 models=("gpt-4o-mini", "text-embedding-3-small"),
             ),
             ProviderSettings(
                 name="ant", type="anthropic", base_url=there.anthropic_url, api_key_env="K", models=("claude-haiku",),
-                timeout=Duration(timeout_s),
+                timeout=Duration(timeout),
             ),
         ),
         routing=RoutingSettings(retries=0),
@@ -164,7 +164,7 @@ def test_a_slow_provider_is_a_timeout(there: Providers) -> None:
     """Ours: 504. The client's own: its class, and the provider sees that nobody waits any more."""
 
     async def main() -> None:
-        async with client(there, timeout_s=0.1) as ai:
+        async with client(there, timeout="100ms") as ai:
             there.fail("slow_headers")
             with pytest.raises(openai.InternalServerError) as found:
                 await ai.chat.completions.create(model="gpt-4o-mini", messages=USER)
