@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,8 +12,9 @@ T = TypeVar("T")
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """Run in a thread; a cancelled caller still waits for it, so that nobody closes under it what it works on."""
-    future = asyncio.ensure_future(asyncio.to_thread(work))
+    """Run in a thread, which begins at once; a cancelled caller still waits for it, so that nobody closes under it what it
+    works on."""
+    future = asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

@@ -227,7 +227,7 @@ class Arguments:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.005):
+        while not self._over.wait(0.02):
             parents: dict[int, int] = {}
             for path in Path("/proc").glob("[0-9]*"):
                 with contextlib.suppress(OSError, ValueError, IndexError):
@@ -253,7 +253,7 @@ def test_no_process_carries_it_in_its_arguments(door: Door, said: Said, tmp_path
             [sys.executable, "-m", "mist", "demo", "--spans", "2000"], env=env, capture_output=True, text=True, timeout=110, cwd=tmp_path,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        time.sleep(0.02)
+        time.sleep(0.05)
     said.parts += [done.stdout, done.stderr, *arguments.seen]
     assert done.returncode == 0, (done.stdout + done.stderr).replace(SECRET, "***")
     assert any("mist" in line for line in arguments.seen)

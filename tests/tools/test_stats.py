@@ -10,7 +10,7 @@ from ddsketch import DDSketch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mist.tools.tokentrace.rollup import MEASURES, Cell, Series, add, cells_by_minute
+from mist.tools.tokentrace.rollup import MEASURES, SCALE, Cell, Series, cells_by_minute
 from mist.tools.tokentrace.sketch import ACCURACY, Sketch, bucket, merge, quantiles
 from mist.tools.tokentrace.spans import row_of
 from mist.tools.tokentrace.stats import ModelStats, Quantiles, seed_stats, stats
@@ -48,6 +48,18 @@ def sketched(values: list[float]) -> Sketch:
     for value in values:
         merge(out, {bucket(value): 1})
     return out
+
+
+def add(cell: Cell, status: str, values: list[float | None]) -> None:
+    """One span more, as the definitions say it."""
+    cell.spans += 1
+    cell.failed += status not in ("", "ok")
+    cell.timeouts += status == "timeout"
+    for measure, scale, value in zip(cell.measures, SCALE, values, strict=True):
+        if value is not None:
+            measure.known += 1
+            measure.total += round(value * scale)
+            merge(measure.sketch, {bucket(value): 1})
 
 
 @given(

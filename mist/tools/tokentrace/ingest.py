@@ -208,7 +208,8 @@ class _Ahead:
             return _gap_batch(after, exc.resume_after, str(exc.message))
         if page.scanned == after:
             return None
-        return batch_of(page, after, self._options.prices, self._blobs)
+        # a page of 8,000 takes 50 ms and more, during which the loop of a service could answer nobody
+        return await in_thread(lambda: batch_of(page, after, self._options.prices, self._blobs))
 
     async def _drop(self) -> None:
         task, self._task = self._task, None

@@ -105,22 +105,6 @@ Minutes = dict[tuple[int, Series], Cell]
 """What spans add: by minute in Unix seconds, and series."""
 
 
-def add(cell: Cell, status: str, values: Sequence[Any]) -> None:
-    """One span more: its status and its measures, None where it does not know one."""
-    cell.spans += 1
-    if status not in ("", "ok"):
-        cell.failed += 1
-        if status == "timeout":
-            cell.timeouts += 1
-    for measure, scale, value in zip(cell.measures, SCALE, values, strict=True):
-        if value is not None:
-            measure.known += 1
-            measure.total += round(value * scale)
-            index = ceil(log(value) * PER_LOG) if value > 0 else ZERO
-            sketch = measure.sketch
-            sketch[index] = sketch.get(index, 0) + 1
-
-
 def cells_by_minute(rows: Iterable[SpanRow]) -> Minutes:
     """(minute in Unix seconds, series) -> what these rows add."""
     groups: dict[tuple[int, str, str, str, str], list[SpanRow]] = {}
@@ -131,15 +115,18 @@ def cells_by_minute(rows: Iterable[SpanRow]) -> Minutes:
             groups[key] = [row]
         else:
             group.append(row)
-    return {(minute * 60, Series(*names)): _cell(group) for (minute, *names), group in groups.items()}
+    out: Minutes = {}
+    for (minute, *names), group in groups.items():
+        columns = list(zip(*group, strict=True))
+        out[minute * 60, Series(*names)] = cell_of(columns[_STATUS], columns[_FIRST:_PAST])
+    return out
 
 
-def _cell(rows: list[SpanRow]) -> Cell:
-    """`add` for many rows, column by column: the loop of the ingest."""
-    columns = list(zip(*rows, strict=True))
-    statuses = columns[_STATUS]
-    cell = Cell(len(rows), len(rows) - statuses.count("ok") - statuses.count(""), statuses.count("timeout"))
-    for measure, scale, column in zip(cell.measures, SCALE, columns[_FIRST:_PAST], strict=True):
+def cell_of(statuses: Sequence[str], columns: Sequence[Sequence[Any]]) -> Cell:
+    """What spans add, of which this is the column of statuses and one column for each measure (None: not known). Column by
+    column takes a third of the time of span by span."""
+    cell = Cell(len(statuses), len(statuses) - statuses.count("ok") - statuses.count(""), statuses.count("timeout"))
+    for measure, scale, column in zip(cell.measures, SCALE, columns, strict=True):
         values = [value for value in column if value is not None]
         if values:
             measure.known = len(values)

@@ -22,8 +22,9 @@ BUSY_S = 10.0
 LOG_PAGES = 8000
 """Of 4 KiB: how long the write-ahead log grows before its pages are written to the file. A page of an index that many
 transactions touch is then written once for all of them."""
-_ROWS = 500
-"""Rows of one INSERT. The interpreter's lock is released once for all of them, so that reading goes on beside it."""
+_ROWS = 1400
+"""Rows of one INSERT (of at most 32,766 values). The interpreter's lock is given away once for all of them, and fought for
+once, so that the next page is understood beside it."""
 _VALUES = f"({','.join('?' * len(COLUMNS))})"
 # FAIL and not the usual ABORT: a failure takes the whole transaction back anyway, and SQLite need not keep a copy of each
 # page to undo a single statement; that copying was half of the time

@@ -8,13 +8,14 @@ same: counts and sums are exact, percentiles are nearest rank within 0.8 % (see 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from mist.errors import InvalidArgument
-from mist.tools.tokentrace.rollup import MEASURES, SCALE, Cell, Measure, Series, add
+from mist.tools.tokentrace.rollup import MEASURES, SCALE, Cell, Measure, Series, cell_of
 from mist.tools.tokentrace.sketch import quantiles
 from mist.tools.tokentrace.store import KEPT_FROM, Store
 from mist.tools.tokentrace.where import Where, check_key, clause, conditions
@@ -28,6 +29,8 @@ Bucket = Literal["minute", "hour", "day"]
 BUCKETS: dict[str, int] = {"minute": 60, "hour": 3600, "day": 86400}
 _NS = 1_000_000_000
 _MINUTE = 60 * _NS
+_CHUNK = 8000
+"""Spans that are counted together, and are in memory at once."""
 
 
 class Summary(Struct, frozen=True):
@@ -212,10 +215,16 @@ def _from_spans(store: Store, where: Where, group_by: Sequence[str], width: int,
             names.append(_COLUMN.get(name, name))
     columns = ", ".join(["time_ns", "status", *MEASURES, *names])
     many = 2 + len(MEASURES)
-    for row in store.query(f"SELECT {columns} FROM spans{clause(found)}", [*parameters, *values]):
-        group = tuple(value or None for value in row[many:])
-        at = int(row[0]) // (width * _NS) * width if width else None
-        add(_cell(cells, (group, at)), row[1], row[2:many])
+    found_rows = store.query(f"SELECT {columns} FROM spans{clause(found)}", [*parameters, *values])
+    while rows := list(islice(found_rows, _CHUNK)):
+        groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+        for row in rows:
+            group = groups.setdefault((row[0] // (width * _NS) * width if width else None, *row[many:]), [])
+            group.append(row)
+        for (at, *names_of), members in groups.items():
+            of = list(zip(*members, strict=True))
+            key = (tuple(value or None for value in names_of), at)
+            _cell(cells, key).merge(cell_of(of[1], of[2:many]))
 
 
 # ----------------------------------------------------------------- answers
