@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mist.config import Layer
 from mist.errors import AlreadyExists, Conflict, InvalidArgument, MistError, NotFound
 from mist.tools.matchspec import suite as shapes
 from mist.tools.matchspec.data import Fields, Rows
-from mist.tools.matchspec.graders import Exact, Numeric
+from mist.tools.matchspec.graders import Exact, Numeric, grader
 from mist.tools.matchspec.load import load, load_suite, validate
 from mist.tools.matchspec.positions import Problems
 from mist.tools.matchspec.settings import EvalSettings, MatchSpecSettings, find_config, layered, layers_of
@@ -495,3 +496,15 @@ def test_no_damage_to_a_file_brings_anything_but_problems(
                 load(path)
         else:
             load(path)
+
+
+def test_a_missing_extra_is_one_sentence_with_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML and schemas need packages that the core does not."""
+    config = project(tmp_path)
+    schema = grader({"type": "json_schema", "schema": {"type": "object"}})
+    for name in ("yaml", "jsonschema_rs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InvalidArgument, match=r"needs PyYAML. pip install 'mist-stack\[evals\]'"):
+        load(config)
+    with pytest.raises(InvalidArgument, match=r"needs jsonschema-rs. pip install 'mist-stack\[evals\]'"):
+        schema.check("")
