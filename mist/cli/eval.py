@@ -11,7 +11,6 @@ import typer
 from mist.cli._tools import LimitOption
 from mist.cli.session import Session, current
 from mist.cli.wrap import noun
-from mist.errors import InvalidArgument
 from mist.kit.signals import drained
 
 if TYPE_CHECKING:
@@ -78,18 +77,10 @@ async def run(
 
 
 def load_suite(path: Path) -> Suite:
-    """The suite a file holds: TOML, or recorded solutions recognised by their shape."""
-    from mist.tools.matchspec import gsm8k
-    from mist.tools.matchspec.suite import load
+    """The suite a file holds."""
+    from mist.tools.matchspec.load import load_suite
 
-    if path.suffix == ".toml":
-        return load(path)
-    if gsm8k.recognise(path):
-        return gsm8k.load(path)
-    raise InvalidArgument(
-        f"{path} is neither a suite (.toml) nor recorded solutions we know",
-        hint="write a suite file that names it as `data`: docs/how-to/run-an-eval.md",
-    )
+    return load_suite(path)
 
 
 def table(session: Session, run: Run) -> None:

@@ -14,8 +14,9 @@ from mist.tools.matchspec import gsm8k
 from mist.tools.matchspec.graders import grader
 from mist.tools.matchspec.grading import GradeInput
 from mist.tools.matchspec.judging import grade
+from mist.tools.matchspec.load import load_suite as load
 from mist.tools.matchspec.results import rows
-from mist.tools.matchspec.suite import Suite, load
+from mist.tools.matchspec.suite import Suite
 
 DATA = Path(os.environ.get("MIST_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 SOLUTIONS = DATA / "gsm8k_model_solutions.jsonl"
@@ -110,10 +111,11 @@ def test_the_digest_changes_with_every_word(tmp_path: Path) -> None:
         (CONFIG, [SAMPLES[0], SAMPLES[0]], ANSWERS[:1], "occurs twice"),
         (CONFIG, [{**SAMPLES[0], "grader": "nope"}], ANSWERS[:1], "asks for the grader 'nope'"),
         (CONFIG, [{**SAMPLES[0], "grader": 3}], ANSWERS[:1], "not the name of a grader"),
-        (CONFIG, [{**SAMPLES[0], "expected": ""}], ANSWERS[:1], "no number in the expected text"),
+        (CONFIG, [{**SAMPLES[0], "expected": ""}], ANSWERS[:1], "no text or number under 'expected'"),
+        (CONFIG, [{**SAMPLES[0], "expected": "four"}], ANSWERS[:1], "no number in the expected text 'four'"),
         (CONFIG, [{"id": "1"}], ANSWERS[:1], "no text or number under 'expected'"),
-        (CONFIG, ["nonsense\n"], ANSWERS, "d.jsonl:1: not JSON"),
-        (CONFIG, ["[]\n"], ANSWERS, "d.jsonl:1: not a JSON object"),
+        (CONFIG, ["nonsense\n"], ANSWERS, r"d\.jsonl:1:5: not JSON"),
+        (CONFIG, ["[]\n"], ANSWERS, r"d\.jsonl:1:1: not a JSON object"),
         (CONFIG, SAMPLES, [*ANSWERS, ANSWERS[0]], "a second answer of m"),
         (CONFIG, SAMPLES, [*ANSWERS, {"id": "9", "model": "m", "output": ""}], "belong to no sample"),
         (CONFIG, SAMPLES, [{"id": "1", "output": "x"}], "a.jsonl:1"),

@@ -4,25 +4,12 @@ Everything is checked before anything runs (`suite_of`): unknown graders, empty 
 no graders, no answers are errors, never a pass. The digest covers all that decides a run's results: samples, models,
 graders with their code, prompts, repeats, the seed. How it is run (concurrency, timeouts, retries, limits) and how it
 is judged afterwards (the gate) are not part of it.
-
-A suite file is TOML; its data are JSON lines beside it.
-
-    name = "capitals"
-    data = "capitals.jsonl"          # {"id": "1", "input": "…", "expected": "…", "grader": "…"?} per line
-    answers = "answers.jsonl"        # {"id": "1", "model": "m", "output": "…"} per line
-    [fields]                         # where the data file calls them otherwise
-    input = "question"
-    expected = "answer"
-    [[graders]]                      # all must pass, unless the sample names its own
-    type = "numeric"
-    marker = "A:"
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import tomllib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +20,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from mist.errors import InvalidArgument, NotFound, Refused
-from mist.tools.matchspec.graders import grader
 from mist.tools.matchspec.grading import Asking, Grader, Pure, code_of, describe
 from mist.tools.matchspec.reducers import reducer
 
@@ -464,69 +450,6 @@ def _refuse_doubled(samples: Samples, at: str) -> None:
         if sample.id in seen:
             raise InvalidArgument(f"{at}: sample id {sample.id!r} occurs twice")
         seen.add(sample.id)
-
-
-class _Fields(Struct, frozen=True, forbid_unknown_fields=True):
-    id: str = "id"
-    input: str = "input"
-    expected: str = "expected"
-    grader: str = "grader"
-
-
-class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: str
-    data: str
-    answers: str
-    graders: list[dict[str, Any]]
-    fields: _Fields = _Fields()
-    samples_max: int | None = None
-
-
-class _Answer(Struct, frozen=True):
-    id: str | int
-    model: str
-    output: str
-
-
-def load(path: Path) -> Suite:
-    """The suite in a TOML file. Raises NotFound, Refused, InvalidArgument with the place."""
-    try:
-        config = msgspec.convert(tomllib.loads(read_text(path)), _File)
-    except tomllib.TOMLDecodeError as exc:
-        raise InvalidArgument(f"{path}: not TOML: {exc}") from exc
-    except msgspec.ValidationError as exc:
-        raise InvalidArgument(f"{path}: {exc}", hint="docs/reference/matchspec.md lists the keys") from exc
-    graders = [grader(spec, f"{path}: graders[{i}]") for i, spec in enumerate(config.graders)]
-    samples: list[Sample] = []
-    for number, row in json_lines(path.parent / config.data):
-        if config.samples_max is not None and len(samples) >= config.samples_max:
-            break
-        samples.append(_sample(row, config.fields, f"{config.data}:{number}", number))
-    known = {s.id for s in samples}
-    answers: dict[str, dict[str, str]] = {}
-    for number, row in json_lines(path.parent / config.answers):
-        where = f"{config.answers}:{number}"
-        try:
-            answer = msgspec.convert(row, _Answer)
-        except msgspec.ValidationError as exc:
-            raise InvalidArgument(f"{where}: {exc}", hint='{"id": …, "model": …, "output": …}') from exc
-        id = str(answer.id)
-        if config.samples_max is not None and id not in known:
-            continue  # an answer to a sample that was left out on purpose
-        if answers.setdefault(answer.model, {}).setdefault(id, answer.output) is not answer.output:
-            raise InvalidArgument(f"{where}: a second answer of {answer.model} to sample {id!r}")
-    return recorded_suite(config.name, samples, answers, graders, where=str(path))
-
-
-def _sample(row: dict[str, Any], fields: _Fields, where: str, number: int) -> Sample:
-    expected = row.get(fields.expected)
-    if not isinstance(expected, str | int | float) or isinstance(expected, bool):
-        raise InvalidArgument(f"{where}: no text or number under {fields.expected!r}")
-    asked = row.get(fields.grader, [])
-    names = [asked] if isinstance(asked, str) else asked
-    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
-        raise InvalidArgument(f"{where}: {fields.grader!r} is not the name of a grader, or a list of names")
-    return Sample(str(row.get(fields.id, number)), str(row.get(fields.input, "")), str(expected), tuple(names))
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

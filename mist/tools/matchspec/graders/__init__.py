@@ -59,6 +59,11 @@ def kind_of(name: object, where: str = "grader") -> str:
     raise InvalidArgument(f"{where}: unknown type {name!r}", hint=f"known: {', '.join(GRADERS)}")
 
 
+def grader_class(kind: str) -> type[Base]:
+    """Its fields are the grader's settings."""
+    return _BY_NAME[kind]
+
+
 def settings_of(kind: str) -> list[str]:
     """The keys that a table of this grader may have."""
     return ["type", *(f.encode_name for f in fields(_BY_NAME[kind]))]
@@ -115,6 +120,7 @@ __all__ = [
     "TraceGrader",
     "equip",
     "grader",
+    "grader_class",
     "kind_of",
     "settings_of",
 ]

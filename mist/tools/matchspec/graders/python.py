@@ -46,10 +46,12 @@ def module_from(path: Path) -> ModuleType:
         raise
     except SyntaxError as exc:
         del sys.modules[name]
-        raise InvalidArgument(f"{exc.filename or path}:{exc.lineno or 1}:{exc.offset or 1}: {exc.msg}") from exc
+        at = {"line": str(exc.lineno or 1), "column": str(exc.offset or 1)}
+        raise InvalidArgument(f"{path}:{at['line']}:{at['column']}: {exc.msg}", meta=at) from exc
     except Exception as exc:
         del sys.modules[name]
-        raise InvalidArgument(f"{path}:{_line(exc, path)}: {type(exc).__name__}: {exc}") from exc
+        line = _line(exc, path)
+        raise InvalidArgument(f"{path}:{line}: {type(exc).__name__}: {exc}", meta={"line": str(line)}) from exc
     return module
 
 
