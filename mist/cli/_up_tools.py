@@ -344,7 +344,8 @@ def matchspec(
 
         if not key and host not in LOCAL:
             platform.say(f"there is no MATCHSPEC_API_KEY: everybody who reaches {host} may begin runs")
-        runs = Runs(loaded, hands=Hands(ask=ask if router else None), prices=table, say=platform.say)
+        trace = await platform.stream()
+        runs = Runs(loaded, hands=Hands(ask=ask if router else None), prices=table, trace=trace, say=platform.say)
         platform.facts = runs.facts
         stream = await platform.broker.open(STREAM)
 
