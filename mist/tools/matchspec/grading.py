@@ -10,6 +10,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
@@ -151,7 +152,7 @@ def _source_digest(module: str) -> str:
                 continue
             reached.add(name)
             for value in vars(sys.modules[name]).values():
-                origin = getattr(value, "__module__", None)
+                origin = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
                 if isinstance(origin, str) and origin.startswith(_PACKAGE + "."):
                     left.append(origin)
         digest = hashlib.sha256()

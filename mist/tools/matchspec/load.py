@@ -9,7 +9,7 @@
 
 Promises: whatever would let a run pass without judging is an error here, with file, line and column, and all that is wrong in a
 file is said at once (at most 20). Paths are relative to the file they stand in and do not lead out of `root`,
-which is the folder of the file that was named unless the caller says more. Loading creates nothing.
+which is the folder of the file that was named unless the caller or the setting `root` says more. Loading creates nothing.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _load(path: Path, root: Path | None, layers: Sequence[Layer], env: Mapping[s
     if not path.exists():
         raise NotFound(f"no file {path}")
     settings = layered(*layers, env=env)
-    reading = Reading(root if root is not None else path.parent, problems, settings)
+    reading = Reading(root or (Path(settings.root) if settings.root else path.parent), problems, settings)
     match path.suffix:
         case ".yml" | ".yaml":
             return _yaml(path, reading, layers, env)

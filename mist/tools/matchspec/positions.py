@@ -45,7 +45,7 @@ class Problem(Struct, frozen=True, kw_only=True):
         text = f"{self.file}:{self.line}:{self.column}: {self.message}"
         if self.hint:
             text += f". {self.hint}"
-        source = self.source.rstrip("\n")
+        source = self.source.rstrip()
         if source.strip() and len(source) <= LINE_CHARS_MAX:
             gap = "".join("\t" if c == "\t" else " " for c in source[: self.column - 1])
             text += f"\n  {source}\n  {gap}^"

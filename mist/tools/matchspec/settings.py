@@ -53,6 +53,8 @@ class MatchSpecSettings(Struct, frozen=True, kw_only=True):
 
     config: str = ""
     """The suites' file; empty = ./matchspec.yml, then ~/.matchspec/config.yml."""
+    root: str = ""
+    """The folder that the paths in a suite's files may not leave; empty = the folder of the file that is run."""
     concurrency: int = 0
     """Calls under way at once, whatever a harness says."""
     timeout_seconds: float = 0.0
@@ -125,6 +127,7 @@ TEMPLATE = """\
 
 # [matchspec]                     # variables: MATCHSPEC_CONCURRENCY, MATCHSPEC_OUTPUT_DIR ...
 # config = ""                     # the file of the suites; empty = ./matchspec.yml, then ~/.matchspec/config.yml
+# root = ""                       # the folder that paths in suites' files may not leave; empty = that of the file that is run
 # concurrency = 0                 # calls under way at once, whatever a harness says; 0 = as it says
 # timeout_seconds = 0.0           # for one answer, the same way
 # log_level = "info"              # debug, info, warn, error

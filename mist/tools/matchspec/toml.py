@@ -16,7 +16,7 @@ _AT = re.compile(r"\(at line (\d+), column (\d+)\)")
 
 def read(text: str, file: str, problems: Problems) -> Document | None:
     """The document; None when it cannot be read, and the problems say why and where."""
-    lines = text.splitlines()
+    lines = text.split("\n")  # as tomllib counts them
     try:
         value: Any = tomllib.loads(text)
     except (RecursionError, ValueError) as exc:  # TOMLDecodeError is one

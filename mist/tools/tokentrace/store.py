@@ -38,7 +38,6 @@ TENANTS_SERIES_MAX = 50_000
 KEPT_FROM = "kept_from_ns"
 """The state that says up to which time retention has deleted spans and their minutes."""
 _CHUNK = 2000
-_CACHED_CELLS_MAX = 2000
 
 
 class Position(Struct, frozen=True):
@@ -113,7 +112,9 @@ class Store:
         self._depth = 0
         self._broken = False
         self._series: set[Series] = set()
+        # of the page in hand and of the one before: a cell holds up to 100 KB of sketches
         self._cells: dict[tuple[int, int, Series], Cell] = {}
+        self._older: dict[tuple[int, int, Series], Cell] = {}
 
     @classmethod
     def open(cls, place: Path | str) -> Store:
@@ -187,6 +188,7 @@ class Store:
 
     def _forget_cache(self) -> None:
         self._cells.clear()
+        self._older.clear()
         self._series.clear()
 
     def query(self, sql: str, values: Values = ()) -> Iterator[tuple[Any, ...]]:
@@ -277,6 +279,7 @@ class Store:
         """Merge what rows add (or, with -1, take away) into the cells of every width."""
         if not minutes:
             return
+        self._older, self._cells = self._cells, {}
         capped = self._capped(minutes)
         changed: list[tuple[Any, ...]] = []
         emptied: list[tuple[Any, ...]] = []
@@ -304,7 +307,7 @@ class Store:
     def _cell(self, step: int, at: int, series: Series) -> Cell:
         """The cell as it stands, for the writing transaction. Kept for the next page as long as nobody else writes."""
         key = (step, at, series)
-        cell = self._cells.get(key)
+        cell = self._cells.get(key) or self._older.get(key)
         if cell is None:
             row = self.one(
                 "SELECT spans, failed, timeouts, measures FROM rollups WHERE step = ? AND at = ? AND tenant = ?"
@@ -312,9 +315,7 @@ class Store:
                 (step, at, *series),
             )
             cell = Cell.unpack(row[0], row[1], row[2], bytes(row[3])) if row else Cell()
-            if len(self._cells) >= _CACHED_CELLS_MAX:
-                self._cells.clear()
-            self._cells[key] = cell
+        self._cells[key] = cell
         return cell
 
     def _capped(self, minutes: Minutes) -> Minutes:

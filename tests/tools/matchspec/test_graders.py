@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mist.errors import InvalidArgument, MistError, TimedOut
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_RESPONSE, InferResponse, TraceSpan
+from mist.tools.matchspec import grading
 from mist.tools.matchspec.graders import GRADERS, Hands, equip, grader, patterns
 from mist.tools.matchspec.grading import Asking, GradeInput, Grader, Pure, Score, code_of, describe, failed, score_of
 
@@ -399,3 +400,13 @@ def test_budgets(spec: dict[str, Any], facts: dict[str, Any], passed: bool | Non
     """What is not known (None here) is an error, never within a budget."""
     score = scored(grader(spec), look("x", **facts))
     assert (bool(score.error), score.passed) == (passed is None, bool(passed))
+
+
+def test_the_digest_of_the_code_reaches_what_a_grader_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also through modules it imports as modules."""
+    monkeypatch.setattr(grading, "_sources", {})
+    before = code_of(grader({"type": "bleu"}))
+    monkeypatch.setattr(grading, "_sources", {})
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + (b"#" if p.name == "likeness.py" else b""))
+    assert code_of(grader({"type": "bleu"})) != before

@@ -11,6 +11,7 @@ from mist.errors import InvalidArgument, Malformed, TimedOut
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_RESPONSE, TRACE_SPAN, InferRequest, InferResponse, TraceSpan
 from mist.tools.matchspec.graders import Ask, Hands, equip, grader
+from mist.tools.matchspec.graders import hands as hands_module
 from mist.tools.matchspec.graders.parsers import parse
 from mist.tools.matchspec.grading import GradeInput, Verdict, describe
 
@@ -61,6 +62,30 @@ def test_a_judge_is_asked_once_and_kept() -> None:
     newer = Judge("Score: 1")
     assert not ask({**JUDGE, "version": "2"}, Hands(ask=newer, verdicts=verdicts)).passed
     assert newer.asked[0].id != judge.asked[0].id
+
+
+def test_the_same_question_at_the_same_time_is_asked_once() -> None:
+    """Two samples with one prompt; a failure is not kept, and the next one asks for itself."""
+    judge = Judge("no verdict here", "Score: 10")
+    hands = Hands(ask=judge)
+
+    async def both() -> list[Verdict | BaseException]:
+        (ready,) = equip([grader(JUDGE)], hands)
+        return await asyncio.gather(*(ready.grade_async(SEEN) for _ in range(3)), return_exceptions=True)  # type: ignore[union-attr]
+
+    failed, *passed = asyncio.run(both())
+    assert isinstance(failed, InvalidArgument)
+    assert [isinstance(v, Verdict) and v.passed for v in passed] == [True, True]
+    assert (len(judge.asked), hands.asking) == (2, {})
+
+
+def test_only_so_many_verdicts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes."""
+    monkeypatch.setattr(hands_module, "VERDICTS_MAX", 2)
+    kept = hands_module.Verdicts()
+    for key in "abcb":
+        kept[key] = key
+    assert list(kept) == ["b", "c"]
 
 
 @pytest.mark.parametrize(

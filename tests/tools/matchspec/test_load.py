@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mist.config import Layer
-from mist.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
+from mist.errors import AlreadyExists, Conflict, InvalidArgument, MistError, NotFound
 from mist.tools.matchspec import suite as shapes
 from mist.tools.matchspec.data import Fields, Rows
-from mist.tools.matchspec.graders import Exact, Numeric
+from mist.tools.matchspec.graders import Exact, Numeric, grader
 from mist.tools.matchspec.load import load, load_suite, validate
 from mist.tools.matchspec.positions import Problems
 from mist.tools.matchspec.settings import EvalSettings, MatchSpecSettings, find_config, layered, layers_of
@@ -232,6 +235,7 @@ def test_nothing_leads_out_of_the_folder(tmp_path: Path) -> None:
         config = project(inside, **{"evals/capitals.yml": HARNESS.replace("../data/capitals.yml", path)})
         assert "lies outside of" in str(validate([config])[0])
     assert validate([config], root=tmp_path) == []
+    assert validate([config], env={"MATCHSPEC_ROOT": str(tmp_path)}) == []
 
 
 def test_aliases_and_nesting_are_bounded() -> None:
@@ -457,3 +461,50 @@ def test_a_schema_may_be_a_file(tmp_path: Path) -> None:
     assert told(tmp_path, **{"evals/capitals.yml": harness, "evals/s.json": '{"type": "object"}'}) == []
     said = told(tmp_path, **{"evals/capitals.yml": harness, "evals/s.json": "{"})
     assert "s.json: not JSON" in said[0]
+
+
+TOML = 'name = "s"\ndata = "d.jsonl"\n[model]\ntype = "echo"\n[[graders]]\ntype = "numeric"\ntolerance = 0.5\n'
+LINES = '{"id": "1", "input": "x", "expected": "4", "tags": ["a"]}\n{"id": "2", "expected": 4.5}\n'
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["matchspec.yml", "evals/capitals.yml", "data/capitals.yml", "s.toml", "d.jsonl"]),
+    st.lists(st.tuples(st.integers(0, 600), st.integers(0, 6), st.text("-:{}[]\"'&*!#\n\t ,|>%@`x1.é\x00=", max_size=4)), max_size=4),
+)  # fmt: skip
+def test_no_damage_to_a_file_brings_anything_but_problems(
+    tmp_path: Path, file: str, edits: list[tuple[int, int, str]]
+) -> None:
+    """Characters replaced at random: it loads, or it says what is wrong, in a place that exists."""
+    text = {
+        "matchspec.yml": CONFIG,
+        "evals/capitals.yml": HARNESS,
+        "data/capitals.yml": DATA,
+        "s.toml": TOML,
+        "d.jsonl": LINES,
+    }[file]
+    for at, length, new in edits:
+        text = text[:at] + new + text[at + length :]
+    project(tmp_path, **{"s.toml": TOML, "d.jsonl": LINES, file: text})
+    for path in (tmp_path / "matchspec.yml", tmp_path / "s.toml"):
+        problems = validate([path])
+        for p in problems:
+            assert p.line >= 1
+            assert p.column >= 1
+        if problems:
+            with pytest.raises(MistError):
+                load(path)
+        else:
+            load(path)
+
+
+def test_a_missing_extra_is_one_sentence_with_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML and schemas need packages that the core does not."""
+    config = project(tmp_path)
+    schema = grader({"type": "json_schema", "schema": {"type": "object"}})
+    for name in ("yaml", "jsonschema_rs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InvalidArgument, match=r"needs PyYAML. pip install 'mist-stack\[evals\]'"):
+        load(config)
+    with pytest.raises(InvalidArgument, match=r"needs jsonschema-rs. pip install 'mist-stack\[evals\]'"):
+        schema.check("")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from asyncio import Lock
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from copy import copy
 from typing import TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from mist.errors import InvalidArgument
 from mist.protocol.envelope import Envelope
@@ -18,20 +19,35 @@ G = TypeVar("G", bound=Grader)
 
 Ask = Callable[[Envelope], Awaitable[Envelope]]
 """`infer.request` -> `infer.response`, or a MistError. The request's id is made from what is asked: equal questions have
-equal ids, so that recorded answers can be found by it."""
+equal ids, so that a recorded answer can be found by it. Who asks over a stream has to look for that first: a stream keeps
+one message of an id."""
 Embed = Callable[[str, list[str]], Awaitable[list[list[float]]]]
 """(model, texts) -> one vector per text."""
 Trace = Callable[[str], Awaitable[Sequence[TraceSpan]]]
 """A trace's id -> its spans; none when it is not known (yet)."""
 
 
+VERDICTS_MAX = 10_000
+
+
+class Verdicts(dict[str, str]):
+    """The last VERDICTS_MAX replies of judges, by the key of what was asked."""
+
+    def __setitem__(self, key: str, reply: str) -> None:
+        if key not in self and len(self) >= VERDICTS_MAX:
+            del self[next(iter(self))]
+        super().__setitem__(key, reply)
+
+
 class Hands(Struct, frozen=True, kw_only=True):
-    """`verdicts` keeps the judges' replies by the key of what was asked, for as long as the program wants them."""
+    """`verdicts` keeps the judges' replies; a program that wants them for longer hands in its own. `asking`: one lock per
+    question under way, so that it is asked once."""
 
     ask: Ask | None = None
     embed: Embed | None = None
     trace: Trace | None = None
-    verdicts: MutableMapping[str, str] = {}
+    verdicts: MutableMapping[str, str] = field(default_factory=Verdicts)
+    asking: dict[str, Lock] = {}
 
 
 class Asker(Base, frozen=True, kw_only=True):

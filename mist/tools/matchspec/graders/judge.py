@@ -8,6 +8,7 @@ never read as a template. A judge can still be talked round by what it reads: ca
 from __future__ import annotations
 
 import hashlib
+from asyncio import Lock
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -155,28 +156,32 @@ class LlmJudge(Asker, frozen=True, kw_only=True, tag="llm_judge"):
         return rated(total / 2, self.pass_score, given.output, " | ".join(reasons))
 
     async def _judged(self, prompt: str, parser: Parser, choices: dict[str, float]) -> tuple[float, str]:
-        reply = await self._asked(prompt)
-        found = parse(parser, reply, choices)
-        if found is None:
-            raise self.wrong(f"the judge's reply has no verdict ({parser}): {reply.strip()[-120:]!r}")
-        return found
-
-    async def _asked(self, prompt: str) -> str:
-        hands = self.hands
-        if hands.ask is None:
-            raise self.nobody("a verdict")
         messages = [ChatMessage("system", self.system)] if self.system else []
         messages.append(ChatMessage("user", prompt))
         request = InferRequest(
             model=self.model, provider=self.provider, messages=messages, params={"temperature": 0, **self.params}
         )
         key = hashlib.sha256(msgspec.json.encode([self.version, request], order="deterministic")).hexdigest()
-        kept = hands.verdicts.get(key)
-        if kept is None:
-            reply = await hands.ask(Envelope.new(INFER_REQUEST, request, source=SOURCE, id=key[:32]))
-            kept = self._content(reply)
-            hands.verdicts[key] = kept
-        return kept
+        hands = self.hands
+        lock = hands.asking.setdefault(key, Lock())
+        try:
+            async with lock:
+                reply = hands.verdicts.get(key)
+                if reply is None:
+                    reply = await self._asked(request, key)
+                found = parse(parser, reply, choices)
+                if found is None:  # not kept: another attempt may ask again
+                    raise self.wrong(f"the judge's reply has no verdict ({parser}): {reply.strip()[-120:]!r}")
+                hands.verdicts[key] = reply
+                return found
+        finally:
+            if not lock.locked():
+                hands.asking.pop(key, None)
+
+    async def _asked(self, request: InferRequest, key: str) -> str:
+        if self.hands.ask is None:
+            raise self.nobody("a verdict")
+        return self._content(await self.hands.ask(Envelope.new(INFER_REQUEST, request, source=SOURCE, id=key[:32])))
 
     def _content(self, reply: Envelope) -> str:
         if reply.type != INFER_RESPONSE:

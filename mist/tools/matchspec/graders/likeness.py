@@ -64,7 +64,7 @@ def distance(a: str, b: str) -> int:
 def levenshtein(a: str, b: str) -> float:
     """1 - distance / length of the longer. Two empty texts are alike."""
     longest = max(len(a), len(b))
-    return 1.0 - distance(a, b) / longest if longest else 1.0
+    return (longest - distance(a, b)) / longest if longest else 1.0
 
 
 def common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
@@ -42,11 +42,21 @@ class Numeric(Marked, frozen=True, kw_only=True, tag="numeric"):
         return max(absolute, relative * abs(wanted)) if relative else absolute
 
     def _wanted(self, expected: str) -> Decimal:
-        found = self._number(expected, marked=bool(self.expected_marker))
+        found = _expected(expected, self.percent, self._takes_first(marked=bool(self.expected_marker)))
         if found is None:
             raise self.wrong(f"no number in the expected text {expected[-60:]!r}")
         return found
 
     def _number(self, text: str, *, marked: bool) -> Decimal | None:
-        take_first = marked if not self.pick else self.pick == "first"
-        return first(text, percent=self.percent) if take_first else last(text, percent=self.percent)
+        return _found(text, self.percent, self._takes_first(marked=marked))
+
+    def _takes_first(self, *, marked: bool) -> bool:
+        return marked if not self.pick else self.pick == "first"
+
+
+def _found(text: str, percent: Percent, take_first: bool) -> Decimal | None:
+    return first(text, percent=percent) if take_first else last(text, percent=percent)
+
+
+_expected = lru_cache(maxsize=4096)(_found)
+"""Expectations come again: when the suite is loaded, for each model, for each repeat."""

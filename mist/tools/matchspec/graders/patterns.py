@@ -35,7 +35,7 @@ MANY = 64
 _FLAGS = {"s": re.DOTALL, "i": re.IGNORECASE, "m": re.MULTILINE}
 _CHILD = """
 import json, re, sys
-pattern, flags, text = json.load(sys.stdin)
+pattern, flags, text = json.loads(sys.stdin.buffer.read())
 print(json.dumps(m.group() if (m := re.search(pattern, text, flags)) else None))
 """
 
