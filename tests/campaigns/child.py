@@ -339,9 +339,10 @@ ROLES: dict[str, Role] = {
 
 def _extra() -> None:
     """Roles that live beside their campaign."""
-    from . import full, slow, tracing
+    from . import evals, full, slow, tracing
 
     ROLES.update(full=full.full, slow=slow.slow, tracer=tracing.tracer, spanner=tracing.spanner)
+    ROLES.update(evaluator=evals.evaluator, answerer=evals.answerer)
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from .blocks import fuzz_blocks
 from .campaign import Campaign, Report, Run
 from .checkpoints import c08
 from .consumers import c12, c13, soak
+from .evals import c34
 from .failover import cluster, failover
 from .full import c06
 from .fuzzing import c19
@@ -85,6 +86,9 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     Campaign("C31", "bug bank", "bugs caught", 0, 0, _simulated(bugbank.c31, "caught")),
     Campaign("C31b", "bug bank of the adapters", "bugs caught", 0, 0, c31b, needs=("nats", "redis")),
     Campaign("C32", "kill -9 of TokenTrace's ingest", "kills", 5, 500, c32),
+    Campaign("C34", "kill -9 of MatchSpec's runner", "kills", 6, 1000, c34),
+    Campaign("C34n", "the same on NATS", "kills", 4, 200, _on("nats", c34), needs=NATS),
+    Campaign("C34r", "the same on Redis", "kills", 4, 200, _on("redis", c34), needs=REDIS),
     Campaign("SOAK", "4 processes share a consumer", "records", 1, 1_000_000, soak),
 )
 
