@@ -1,7 +1,8 @@
 """Run the benchmarks: `python -m bench [--only NAME,…] [--rounds N] [--scale F] [--dir DIR] [--format json]`.
 
 Parts: append, replay, follow, consume, start (the embedded log), http (its door), tokentrace (the trace
-store), nats, redis, latency, memory, copy (the servers). Not by default: scale (minutes, and gigabytes on the disk).
+store), nats, redis, latency, memory, copy (the servers). Not by default: scale (minutes, and gigabytes on the disk),
+infermux (installs LiteLLM's proxy beside the environment, once).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bench import appending, consuming, following, http, replaying, scaling, servers, starting, tokentrace
+from bench import appending, consuming, following, http, infermux, replaying, scaling, servers, starting, tokentrace
 from bench.common import Board
 
 PARTS = (
     "append", "replay", "follow", "consume", "start", "http", "tokentrace", "nats", "redis", "latency", "memory", "copy",
 )  # fmt: skip
-EXTRA = ("scale",)
+EXTRA = ("scale", "infermux")
 
 
 def main() -> None:
@@ -57,6 +58,8 @@ def main() -> None:
             http.run(board, base, args.rounds, args.scale)
         if "tokentrace" in parts:
             tokentrace.run(board, base, args.rounds, args.scale, args.memory_spans)
+        if "infermux" in parts:
+            infermux.run(board, base, args.rounds, args.scale)
         if "scale" in parts:
             scaling.run(board, base, args.scale)
         servers.run(board, parts, args.rounds, args.scale, args.loop)

@@ -77,10 +77,10 @@ class Platform(Unit):
         super().down(reason)
         self.doors.clear()
 
-    async def stream(self) -> Stream:
-        """The stream they all work on; made where it is not there. Raises Conflict when it is there with settings
-        other than those that were asked for."""
-        return await self.broker.open(self._stream, config=self._config)
+    async def stream(self, name: str = "") -> Stream:
+        """The stream they all work on, or another one; made where it is not there. Raises Conflict when it is there with
+        settings other than those that were asked for."""
+        return await self.broker.open(name or self._stream, config=self._config)
 
 
 class Running:

@@ -231,7 +231,7 @@ def infermux(
 
     async def run(platform: Platform) -> None:
         trace = await platform.stream()
-        infer = await platform.broker.open(settings.stream)
+        infer = await platform.stream(settings.stream)
         ledger = await Ledger.open(place)
         try:
             router = Router.from_settings(settings, prices=prices, ledger=ledger)
@@ -252,6 +252,7 @@ def infermux(
                 platform.doors[DOOR] = server.ingest(_requests_only, path=DOOR, limits=limits, reply=platform.reply)
             async with asyncio.TaskGroup() as group:
                 if settings.requests:
+                    await platform.stream(settings.requests)
                     group.create_task(_away(platform, lambda: requests(platform, service)))
                 if tokentrace:
                     group.create_task(_away(platform, lambda: _forward(platform, trace, tokentrace)))

@@ -13,6 +13,7 @@ FaultName = Literal[
     "context_length", "content_policy", "credentials", "forbidden", "unknown_model", "invalid", "rate_limited",
     "no_quota", "server", "overloaded", "slow_headers", "slow_chunks", "truncated", "no_done", "error_in_stream",
     "bad_json", "no_choices", "not_an_object", "bad_utf8", "redirect", "html", "hang_up", "refused_with_200", "huge", "bad_piece",
+    "compressed",
 ]  # fmt: skip
 
 

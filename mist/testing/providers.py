@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gzip
 import hashlib
 import json
 import math
@@ -255,6 +256,8 @@ class _Connection:
                 await self._send(200, b"[1, 2]", {"content-type": "application/json"})
             case "bad_utf8":
                 await self._send(200, b'{"id": "\xff\xfe"}', {"content-type": "application/json"})
+            case "compressed":
+                await self._send(200, gzip.compress(b"{}"), {"content-type": "text/plain", "content-encoding": "gzip"})
             case "huge":
                 await self._send(200, b'{"id": "' + b"x" * 100_000 + b'"}', {"content-type": "application/json"})
             case "refused_with_200":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mist.cli import demo, eval, trace
+from mist.cli import demo, eval, infer, trace
 from mist.tools.tokentrace import bare
 from mist.tools.tokentrace.alerts.api import AlertApi
 from mist.tools.tokentrace.api import Api, Query
@@ -18,7 +18,11 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 def test_every_command_of_the_tools_is_documented_and_has_an_example() -> None:
     """The reference lists each verb; `--help` of each shows an example."""
-    for noun, app, page in (("trace", trace.app, "tokentrace"), ("eval", eval.app, "matchspec")):
+    for noun, app, page in (
+        ("trace", trace.app, "tokentrace"),
+        ("eval", eval.app, "matchspec"),
+        ("infer", infer.app, "infermux"),
+    ):
         text = (DOCS / "reference" / f"{page}.md").read_text(encoding="utf-8")
         for info in app.registered_commands:
             assert info.callback is not None

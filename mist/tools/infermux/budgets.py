@@ -132,6 +132,7 @@ class Ledger:
         self._lost = 0
         self._outstanding = 0
         self._asking = 0
+        self._released = False
         self._closed = False
         self._thread = threading.Thread(target=self._write, name="infermux-ledger", daemon=True)
         self._thread.start()
@@ -281,13 +282,17 @@ class Ledger:
         return await in_thread(work)
 
     async def flush(self) -> None:
-        """Whatever was said before this is on the disk when it returns."""
+        """Whatever was said before this is on the disk when it returns, the release of what was cancelled included."""
         self._check_open()
         loop = asyncio.get_running_loop()
-        ask = _Ask(Settle("", None), loop, loop.create_future())  # of nothing: it only comes behind the others
-        self._asking += 1
-        self._queue.put(ask)
-        await ask.future
+        while True:
+            self._released = False
+            ask = _Ask(Settle("", None), loop, loop.create_future())  # of nothing: it only comes behind the others
+            self._asking += 1
+            self._queue.put(ask)
+            await ask.future
+            if not self._released:
+                return
 
     async def aclose(self) -> None:
         """Write what is left. Idempotent. What is still reserved counts as a dead process's does."""
@@ -315,6 +320,7 @@ class Ledger:
             self._asking -= 1
             if ask.future.cancelled():
                 if ask.granted and isinstance(ask.operation, Reserve):
+                    self._released = True
                     self._queue.put(Settle(ask.operation.reservation.id, None))
             elif ask.error is not None:
                 ask.future.set_exception(ask.error)

@@ -352,6 +352,7 @@ class Call:
         """Ask, and ask the next candidate as well when there is no answer for a while. The first answer is taken, the other
         attempt cancelled."""
         running = {asyncio.ensure_future(self._attempt(lane, ask))}
+        won: Won[T] | None = None
         error: MistError | None = None
         try:
             done, _ = await asyncio.wait(running, timeout=after_s)
@@ -359,40 +360,54 @@ class Call:
                 other = next(candidates, None)
                 if other is not None:
                     running.add(asyncio.ensure_future(self._attempt(other, ask)))
-            while running:
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                won: Won[T] | None = None
+            while running and won is None:
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     try:
                         result = task.result()
                     except MistError as exc:
+                        running.remove(task)
                         # an error of the provider says more than one of ours
                         error = exc if error is None or isinstance(exc, ProviderError) else error
                         continue
-                    if won is None:
-                        won = result
-                    else:
-                        await self._give_up(result)
-                if won is not None:
-                    return won
+                    running.remove(task)
+                    won = result
+                    break
+        except BaseException:
+            await self._stop(running, None)
+            raise
+        await self._stop(running, won)
+        if won is None:
             raise error or Unavailable(f"{lane.name} did not answer")
-        finally:
-            for task in running:
-                task.cancel()
-            if running:
-                await asyncio.wait(running)
-            for task in running:
-                if not task.cancelled() and task.exception() is None:
-                    await self._give_up(task.result())
+        return won
 
-    async def _give_up(self, won: Won[T]) -> None:
-        """An answer that nobody needs: it came second."""
-        close = getattr(won.value[0], "aclose", None) if isinstance(won.value, tuple) else None
+    async def _stop(self, running: set[asyncio.Task[Won[T]]], won: Won[T] | None) -> None:
+        """Cancel what runs and wait for its end, however often we are cancelled meanwhile; then `won` is not wanted either."""
+        for task in running:
+            task.cancel()
+        cancelled: asyncio.CancelledError | None = None
+        left = set(running)
+        while left:
+            try:
+                _, left = await asyncio.wait(left)
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        unwanted = [task.result() for task in running if not task.cancelled() and task.exception() is None]
+        if cancelled is not None and won is not None:
+            unwanted.append(won)
+        for one in unwanted:
+            self._ended(one.lane, one.trial, one.reservation, CANCELLED)
         try:
-            if close is not None:
-                await close()
-        finally:
-            self._ended(won.lane, won.trial, won.reservation, CANCELLED)
+            for one in unwanted:
+                close = getattr(one.value[0], "aclose", None) if isinstance(one.value, tuple) else None
+                if close is not None:
+                    await close()
+        except asyncio.CancelledError:
+            if won is not None and won not in unwanted:
+                self._ended(won.lane, won.trial, won.reservation, CANCELLED)
+            raise
+        if cancelled is not None:
+            raise cancelled
 
     # --- how an attempt ended
 

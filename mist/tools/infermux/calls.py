@@ -25,7 +25,7 @@ from mist.protocol.ids import new_id
 from mist.protocol.payloads import InferResponse
 from mist.protocol.tracecontext import TraceContext, new_trace, parse_traceparent
 from mist.tools.infermux.chat import Caller, ChatRequest, Chunk, Json
-from mist.tools.infermux.envelopes import code_of, error_payload, response_payload, span_envelope
+from mist.tools.infermux.envelopes import code_of, error_payload, response_payload, span_of
 from mist.tools.infermux.recorder import Recorder
 from mist.tools.infermux.routed import Routed, RoutedEmbeddings, Way
 
@@ -124,7 +124,7 @@ class Calls:
         """Of the record it gets the span alone: vectors are not for replay."""
         request = ChatRequest(model=model, messages=(), caller=caller, traceparent=traceparent)
         call = self._begin(request, SPAN, stream=False)
-        return await self._ended(call, self.router.embed(model, texts, params, caller))
+        return await self._ended(call, self.router.embed(model, texts, params, caller, id=call.request.id))
 
     async def _ended(self, call: Call, work: Awaitable[W]) -> W:
         try:
@@ -191,19 +191,11 @@ class Calls:
         if call.recorded.response:
             routed = way if isinstance(way, Routed) else None
             recorder.response(request, self._answer(request, routed, error, took_ns))
-        recorder.span(
-            span_envelope(
-                request,
-                here=call.here,
-                parent_id=call.parent_id,
-                start_ns=call.start_ns,
-                end_ns=end_ns,
-                way=way,
-                error=error,
-                ttft_ns=call.ttft_ns,
-                stream=call.stream,
-            )
-        )
+        span = span_of(
+            request, here=call.here, parent_id=call.parent_id, start_ns=call.start_ns, end_ns=end_ns, way=way, error=error,
+            ttft_ns=call.ttft_ns, stream=call.stream,
+        )  # fmt: skip
+        recorder.span(request, span)
         provider = model = ""
         if way is not None:
             provider, model = way.provider, way.model

@@ -7,19 +7,16 @@ here does I/O; the seed's keys are where the seed has them.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Struct
 
 from mist.errors import InvalidArgument, MistError
-from mist.protocol.envelope import Envelope, encode_payload
-from mist.protocol.ids import new_id
-from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE, TRACE_SPAN, InferRequest, InferResponse, TraceSpan
+from mist.protocol.envelope import Envelope
+from mist.protocol.payloads import INFER_REQUEST, InferRequest, InferResponse, TraceSpan
 from mist.protocol.payloads import ChatMessage as WireMessage
 from mist.protocol.tracecontext import TraceContext
-from mist.protocol.version import CURRENT
 from mist.tools.infermux.chat import Caller, ChatMessage, ChatRequest, Usage
 from mist.tools.infermux.failures import ProviderError
 from mist.tools.infermux.recordings import key_of
@@ -34,7 +31,6 @@ ERROR = "error"
 CALLER_META = "caller."
 """Beginning of the keys of `meta` that say who asks: `caller.key`, `caller.team`, `caller.project`, `caller.env`."""
 
-_VERSION = str(CURRENT)
 _SCALARS = (str, int, float, bool)
 
 
@@ -141,29 +137,7 @@ def code_of(error: MistError) -> str:
     return error.meta.get("reason") or error.code
 
 
-def envelope(
-    type: str,
-    payload: Any,
-    *,
-    id: str = "",
-    answers: str = "",
-    traceparent: str = "",
-    tenant: str = "",
-    time_ns: int = 0,
-) -> Envelope:
-    """`Envelope.new`, without what cannot be wrong here. `answers` is the id of the request."""
-    return Envelope(
-        version=_VERSION, id=id or new_id(), source=SOURCE, type=type, timestamp_ns=time_ns or time.time_ns(),
-        payload=Raw(encode_payload(payload)), correlation_id=answers, causation_id=answers, traceparent=traceparent,
-        tenant=tenant,
-    )  # fmt: skip
-
-
-def response_envelope(request: ChatRequest, payload: InferResponse) -> Envelope:
-    return envelope(INFER_RESPONSE, payload, answers=request.id, traceparent=request.traceparent, tenant=request.tenant)
-
-
-def span_envelope(
+def span_of(
     request: ChatRequest,
     *,
     here: TraceContext,
@@ -174,7 +148,7 @@ def span_envelope(
     error: MistError | None,
     ttft_ns: int | None = None,
     stream: bool = False,
-) -> Envelope:
+) -> TraceSpan:
     """The span of a call. `model` is what was asked of the provider; what the caller wrote and what the provider says it
     was stand beside it where they differ. What is unknown is absent."""
     attrs: dict[str, Any] = {"model": request.model, "latency_ms": (end_ns - start_ns) / 1e6, "request_id": request.id}
@@ -194,12 +168,11 @@ def span_envelope(
         attrs["error_kind"] = code_of(error)
         if "provider" not in attrs and isinstance(error, ProviderError) and error.provider:
             attrs["provider"] = error.provider
-    span = TraceSpan(
+    return TraceSpan(
         trace_id=here.trace_id, span_id=here.span_id, parent_id=parent_id,
-        operation=EMBEDDING if isinstance(way, RoutedEmbeddings) else OPERATION, start_ns=start_ns,
-        end_ns=end_ns, status="ok" if error is None else "error", attrs=attrs,
+        operation=EMBEDDING if isinstance(way, RoutedEmbeddings) else OPERATION, start_ns=start_ns, end_ns=end_ns,
+        status="ok" if error is None else "error", attrs=attrs,
     )  # fmt: skip
-    return envelope(TRACE_SPAN, span, answers=request.id, traceparent=str(here), tenant=request.tenant, time_ns=end_ns)
 
 
 def _add_way(attrs: dict[str, Any], request: ChatRequest, way: Way, *, failed: bool) -> None:

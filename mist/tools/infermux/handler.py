@@ -23,7 +23,7 @@ from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE
 from mist.tools.infermux.calls import Calls, Recording
 from mist.tools.infermux.chat import Caller, ChatRequest
-from mist.tools.infermux.envelopes import SOURCE, chat_request, envelope, error_payload, response_payload
+from mist.tools.infermux.envelopes import SOURCE, chat_request, error_payload, response_payload
 from mist.tools.infermux.openai_api import said
 
 
@@ -59,7 +59,10 @@ async def answered(
         payload = error_payload(request, exc)
     else:
         payload = response_payload(request, routed)
-    return envelope(INFER_RESPONSE, payload, answers=asked.id, traceparent=request.traceparent, tenant=request.tenant)
+    return Envelope.new(
+        INFER_RESPONSE, payload, source=SOURCE, correlation_id=asked.id, causation_id=asked.id,
+        traceparent=request.traceparent, tenant=request.tenant,
+    )  # fmt: skip
 
 
 def _later(error: MistError) -> MistError:

@@ -103,7 +103,7 @@ class Slots:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give_back()  # it was our turn just now
-            else:
+            elif turn in self._line:  # else it was passed over just now
                 self._line.remove(turn)
             raise
 

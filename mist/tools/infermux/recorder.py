@@ -12,28 +12,28 @@ Does not: survive its process. Between a call and its record lie `LINGER_S` and 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable
 
-from msgspec import Struct
+import msgspec
+from msgspec import Struct, field
 
 from mist.broker.base import Message, Stream
 from mist.broker.publisher import Publisher
-from mist.client.client import to_message
 from mist.errors import Ambiguous, Closed, MistError, Overloaded, TimedOut
+from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
-from mist.protocol.payloads import INFER_REQUEST, InferResponse
+from mist.protocol.ids import new_id
+from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE, TRACE_SPAN, InferResponse, TraceSpan
+from mist.protocol.subject import subject_for
+from mist.protocol.version import CURRENT
 from mist.tools.infermux.chat import ChatRequest
-from mist.tools.infermux.envelopes import (
-    INFER_STARTED,
-    SOURCE,
-    InferStarted,
-    envelope,
-    request_payload,
-    response_envelope,
-)
+from mist.tools.infermux.envelopes import INFER_STARTED, SOURCE, InferStarted, request_payload
 from mist.tools.infermux.settings import Capture
 
+VERSION = str(CURRENT)
+SPANS = subject_for(TRACE_SPAN, SOURCE)
 PENDING_MAX = 10_000
 PENDING_BYTES_MAX = 32 * 1024 * 1024
 """For each of the two streams."""
@@ -41,6 +41,24 @@ LINGER_S = 0.02
 """How long a record waits for others to share its append."""
 DRAIN_S = 5.0
 Say = Callable[[str], None]
+
+
+class _Record(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
+    """An envelope on its way out, its payload not yet encoded. Keys as in mist/protocol/envelope.py."""
+
+    version: str = field(default_factory=lambda: VERSION)  # a default would be left out
+    id: str
+    source: str = field(default_factory=lambda: SOURCE)
+    type: str
+    timestamp_ns: int
+    payload: Struct
+    correlation_id: str = ""
+    causation_id: str = ""
+    traceparent: str = ""
+    tenant: str = ""
+
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
 
 
 class Recorded(Struct, frozen=True):
@@ -83,37 +101,47 @@ class Recorder:
         """A question; `asked` is the envelope it came as, which is recorded under its own id."""
         if self._infer is None:
             return
-        if asked is None or self.capture != "full":
-            asked = envelope(
-                INFER_REQUEST, request_payload(request, self.capture), id=request.id, traceparent=request.traceparent,
-                tenant=request.tenant,
+        if asked is not None and self.capture == "full":
+            self._put(self._infer, INFER_REQUEST, asked.id, encode(asked))
+        else:
+            payload = request_payload(request, self.capture)
+            self._put(
+                self._infer, INFER_REQUEST, request.id,
+                _encode(
+                    _Record(
+                        id=request.id, type=INFER_REQUEST, timestamp_ns=time.time_ns(), payload=payload,
+                        traceparent=request.traceparent, tenant=request.tenant,
+                    )
+                ),
             )  # fmt: skip
-        self._put(self._infer, asked)
 
     def started(self, request: ChatRequest, *, stream: bool = False) -> None:
         if self._infer is not None:
-            payload = InferStarted(request.model, stream, request.caller.key)
-            self._put(
-                self._infer,
-                envelope(
-                    INFER_STARTED, payload, answers=request.id, traceparent=request.traceparent, tenant=request.tenant
-                ),
-            )
+            self._answer(self._infer, INFER_STARTED, request, InferStarted(request.model, stream, request.caller.key))
 
     def response(self, request: ChatRequest, payload: InferResponse) -> None:
         """An answer, made with this recorder's `capture`."""
         if self._infer is not None:
-            self._put(self._infer, response_envelope(request, payload))
+            self._answer(self._infer, INFER_RESPONSE, request, payload)
 
-    def span(self, span: Envelope) -> None:
+    def span(self, request: ChatRequest, span: TraceSpan) -> None:
         if self._trace is not None:
-            self._put(self._trace, span, SOURCE)
+            self._answer(self._trace, TRACE_SPAN, request, span, SPANS)
 
-    def _put(self, publisher: Publisher, found: Envelope, qualifier: str = "") -> None:
+    def _answer(
+        self, publisher: Publisher, type: str, request: ChatRequest, payload: Struct, subject: str = ""
+    ) -> None:
+        """What follows from a question. One encoding; `Envelope.new` and `to_message` would make three objects of it."""
+        id = new_id()
+        record = _Record(
+            id=id, type=type, timestamp_ns=time.time_ns(), payload=payload, correlation_id=request.id,
+            causation_id=request.id, traceparent=request.traceparent, tenant=request.tenant,
+        )  # fmt: skip
+        self._put(publisher, subject or type, id, _encode(record))
+
+    def _put(self, publisher: Publisher, subject: str, id: str, data: bytes) -> None:
         try:
-            publisher.send_nowait(
-                to_message(found, qualifier=qualifier, size_bytes_max=publisher.stream.size_bytes_max)
-            )
+            publisher.send_nowait(Message(subject, data, id))
         except Overloaded:
             self._drop("full")
         except Closed:

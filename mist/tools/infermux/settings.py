@@ -9,9 +9,9 @@ Without a provider there is one: `echo`. The keys of the documents' breaker tabl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from msgspec import Struct
 
@@ -72,6 +72,8 @@ class ProviderSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     concurrency_max: int = 0
     drop_params: bool = False
     """Leave out the parameters that it has no name for, instead of refusing the question."""
+    extra_params: tuple[str, ...] = ()
+    """`openai`: parameters that this server takes beyond OpenAI's; `*` = any."""
     context_tokens: dict[str, int] = {}
     can: dict[str, tuple[Capability, ...]] = {}
     """Model -> all it can. A model that is not named here is taken to be able to do what is asked."""
@@ -80,7 +82,9 @@ class ProviderSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cursor: str = ""
     """`replay`: where to begin in that stream."""
     argv: tuple[str, ...] = ()
-    """`command`."""
+    """`command`: the program and its arguments."""
+    question: Literal["json", "text"] = "json"
+    """`command`: what stands on its standard input."""
     delay: Duration = Duration("0")
     """`echo`: how long it takes."""
 
@@ -403,17 +407,6 @@ class InferMuxSettings(Struct, frozen=True, kw_only=True):
         for budget in self.budgets:
             if budget.model_override:
                 check(budget.model_override, f"infermux.budgets {budget.name}: model_override")
-
-
-def filled(text: str, env: Callable[[str], str | None], at: str) -> str:
-    """The text with its `${VARIABLE}` filled in. Raises InvalidArgument for one that is not set."""
-
-    def value(match: re.Match[str]) -> Any:
-        found = env(match[1])
-        _check(found is not None, f"{at}: the environment variable {match[1]} is not set")
-        return found
-
-    return VARIABLE.sub(value, text)
 
 
 TEMPLATE = """\

@@ -46,7 +46,9 @@ class FakeRouter:
             self.left.set()
             raise
 
-    async def embed(self, model: str, texts: Sequence[str], params: Json, caller: Caller) -> RoutedEmbeddings:
+    async def embed(
+        self, model: str, texts: Sequence[str], params: Json, caller: Caller, *, id: str = ""
+    ) -> RoutedEmbeddings:
         if self.error is not None:
             raise self.error
         vectors = [[float(len(t)), 0.5] for t in texts]

@@ -154,6 +154,11 @@ def test_a_stream_may_be_left(case: Case, server: Providers) -> None:
     assert run(body()) == case.content
 
 
+SLOW = pytest.mark.parametrize("case", ["openai", "anthropic", "command"], indirect=True)
+"""Echo and replay are never under way for long."""
+
+
+@SLOW
 def test_a_cancelled_call_ends_at_once_and_leaves_it_usable(case: Case, server: Providers) -> None:
     async def body() -> None:
         async with opened(case) as provider:
@@ -172,8 +177,6 @@ def test_a_cancelled_call_ends_at_once_and_leaves_it_usable(case: Case, server: 
             case.prepare()
             assert (await provider.complete(case.question, "m", timeout_s=10)).content == case.content
 
-    if case.slow is None:
-        pytest.skip("it is never under way for long")
     run(body())
 
 
@@ -195,6 +198,7 @@ async def under_way(case: Case, server: Providers, task: asyncio.Task[Any]) -> N
         await asyncio.sleep(0.001)
 
 
+@SLOW
 def test_what_takes_too_long_is_a_timeout(case: Case, server: Providers) -> None:
     async def body() -> None:
         async with opened(case) as provider:
@@ -205,8 +209,6 @@ def test_what_takes_too_long_is_a_timeout(case: Case, server: Providers) -> None
                     await call(case.slow_question, "m", timeout_s=0.1)
                 assert (caught.value.kind, caught.value.retryable) == ("timeout", False)
 
-    if case.slow is None:
-        pytest.skip("it is never slow")
     run(body())
 
 

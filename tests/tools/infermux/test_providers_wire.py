@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
+import ssl
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import run
+from conftest import missing, run
 
 from mist.errors import InvalidArgument
 from mist.testing.providers import Answer, FaultName, Providers, run_providers
@@ -111,6 +116,7 @@ OPENAI: dict[FaultName, Said] = {
     "bad_json": Said("bad_answer", 200),
     "bad_utf8": Said("bad_answer", 200),
     "not_an_object": Said("bad_answer", 200),
+    "compressed": Said("bad_answer", 200),
     "refused_with_200": Said("server", 200),
 }
 ANTHROPIC: dict[FaultName, Said] = {
@@ -209,6 +215,46 @@ def test_a_stream_stands_still(there: Providers, kind_: type[Adapter]) -> None:
 
     error = run(body())
     assert (error.kind, error.begun) == ("timeout", True)
+
+
+def test_a_head_that_does_not_come_is_a_timeout(there: Providers, kind_: type[Adapter]) -> None:
+    """Whole and streamed; nothing had begun."""
+
+    async def body() -> None:
+        provider = make(there, kind_)
+        there.fail("slow_headers", times=2)
+        with pytest.raises(ProviderError, match=r"no answer within 0\.1 s") as caught:
+            await provider.complete(ask(), "m", timeout_s=0.1)
+        with pytest.raises(ProviderError, match=r"no answer within 0\.1 s") as again:
+            await anext(provider.stream(ask(), "m", timeout_s=0.1))
+        for error in (caught.value, again.value):
+            assert (error.kind, error.begun, error.retryable) == ("timeout", False, False)
+        await provider.aclose()
+
+    run(body())
+
+
+def test_a_certificate_that_nobody_signed_is_refused(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        missing("no openssl program to make a certificate with")
+    argv = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    argv += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key", "-out", "cert"]
+    subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+
+    async def body() -> None:
+        server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=context)
+        async with server:
+            url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            provider = OpenAI("p", base_url=url, api_key="sk-0123456789")
+            with pytest.raises(ProviderError, match="certificate") as caught:
+                await provider.complete(ask(), "m", timeout_s=5)
+            assert caught.value.kind == "connection"
+            await provider.aclose()
+
+    run(body())
 
 
 def test_nobody_there_is_a_connection_error(there: Providers, kind_: type[Adapter]) -> None:
@@ -438,7 +484,8 @@ def test_anthropic_is_asked_in_its_own_words(there: Providers) -> None:
     assert seen.headers["anthropic-version"] == "2023-06-01"
     complete(there, Anthropic, ask())
     assert there.seen[-1].body == {"model": "m", "max_tokens": 4096, "messages": [{"role": "user", "content": "hi"}]}
-    complete(there, Anthropic, ask(), max_tokens=7, headers={"anthropic-beta": "b"})
+    base_url = f"{there.anthropic_url}/v1/"
+    complete(there, Anthropic, ask(), max_tokens=7, headers={"anthropic-beta": "b"}, base_url=base_url)
     assert there.seen[-1].body["max_tokens"] == 7
     assert there.seen[-1].headers["anthropic-beta"] == "b"
 

@@ -639,7 +639,7 @@ STEPS = ["yes", HANG, fail("server"), fail("rate_limited", 429, 0.5), fail("time
          ["a", "b", Chunk(finish_reason="stop")], ["a", fail("connection", 0)], ["a", HANG], KeyError("x")]  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.booleans(),
@@ -717,5 +717,61 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(found._lanes) <= 31
         with pytest.raises(CircuitOpen):
             await found.complete(question(model="bad"))
+
+    run(body())
+
+
+def test_providers_as_the_settings_name_them(tmp_path: Path) -> None:
+    """Every type is built with what its settings say; a variable that is not set is named; recordings are read when asked for."""
+    from mist.cli.settings import Settings
+    from mist.config import merge, toml_layer
+
+    (tmp_path / "answers.jsonl").write_text(
+        '{"model": "gpt", "messages": [{"role": "user", "content": "hi"}], "content": "recorded"}\n'
+    )
+    text = f"""
+    [[infermux.providers]]
+    name = "cloud"
+    type = "openai"
+    base_url = "http://127.0.0.1:1/${{VERSION}}"
+    api_key = "${{CLOUD_KEY}}"
+    headers = {{ "x-org" = "${{ORG}}" }}
+    models = ["gpt"]
+    [[infermux.providers]]
+    name = "claude"
+    type = "anthropic"
+    base_url = "http://127.0.0.1:1"
+    api_key_env = "CLAUDE_KEY"
+    models = ["opus"]
+    [[infermux.providers]]
+    name = "tape"
+    type = "replay"
+    recordings = "{tmp_path}/answers.jsonl"
+    [[infermux.providers]]
+    name = "shell"
+    type = "command"
+    argv = ["cat"]
+    question = "text"
+    models = ["cat"]
+    [[infermux.providers]]
+    name = "echo"
+    type = "echo"
+    models = ["echo"]
+    """
+    found = merge(Settings, [toml_layer(text.encode(), "mist.toml")]).value.infermux
+    env = {"VERSION": "v1", "CLOUD_KEY": "k", "ORG": "o", "CLAUDE_KEY": "k"}
+    for name in env:
+        with pytest.raises(InvalidArgument, match=f"variable {name} is not set"):
+            Router.from_settings(found, env={k: v for k, v in env.items() if k != name})
+
+    async def body() -> None:
+        made = Router.from_settings(found, env=env)
+        assert (await made.complete(question(model="echo"))).reply.content == "echo: hi"
+        assert (await made.complete(question(model="tape/gpt"))).reply.content == "recorded"
+        assert (await made.complete(question(model="cat"))).reply.content == "hi"
+        assert [c.content async for c in made.stream(question(model="echo"))]
+        routed = await made.complete(question("hello world, how are you", model="echo"))
+        assert routed.cost_usd == pytest.approx(0.00013)  # the seed's
+        await made.aclose()
 
     run(body())

@@ -102,7 +102,7 @@ _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Anthropic:
-    """`base_url` ends before `/v1/messages`. `max_tokens` is asked for where the question says nothing. `version` is
+    """`base_url` ends before `/v1/messages`, or before `/messages`. `max_tokens` is asked for where the question says nothing. `version` is
     that of the API. `drop_params`: leave out what cannot be sent instead of refusing the question."""
 
     def __init__(
@@ -126,6 +126,7 @@ class Anthropic:
         self._sampling = version < WITHOUT_SAMPLING
         self._drop = drop_params
         own = {"anthropic-version": version} | ({"x-api-key": api_key} if api_key else {})
+        base_url = base_url.rstrip("/").removesuffix("/v1")
         self._http = Http(
             name,
             base_url,

@@ -141,6 +141,7 @@ class Http:
                         raise await self._refused(response)
                     if response.content_type == "application/json":
                         raise await self._no_stream(response)
+                    self._check_plain(response)
                 except BaseException:
                     response.close()
                     raise
@@ -194,10 +195,7 @@ class Http:
 
     async def _body(self, response: aiohttp.ClientResponse, bytes_max: int, *, cut: bool = False) -> bytes:
         """All of it, or with `cut` what fits."""
-        if response.headers.get("content-encoding", "identity") != "identity":
-            raise self.error(
-                "bad_answer", "answered with a compressed body, which nobody asked for", status=response.status
-            )
+        self._check_plain(response)
         content = response.content
         parts: list[bytes] = []
         size = 0
@@ -215,6 +213,11 @@ class Http:
                         "bad_answer", f"the answer is larger than {bytes_max} bytes", status=response.status
                     )
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _check_plain(self, response: aiohttp.ClientResponse) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            what = "answered with a compressed body, which nobody asked for"
+            raise self.error("bad_answer", what, status=response.status)
 
     async def _refused(self, response: aiohttp.ClientResponse) -> ProviderError:
         status, headers = response.status, response.headers
