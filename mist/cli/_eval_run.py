@@ -152,8 +152,8 @@ async def run(
     broker, opened = await session.reach(stream, create=True)
     limits = Limits(usd=limit_usd, tokens=limit_tokens, seconds=limit_s)
     rows: list[dict[str, Any]] = []
-    whole = True
-    async with hands(session, ask) as given:
+    whole, worst = True, None
+    async with hands(session, ask, suites) as given:
         for one in suites:
             id = await _run_id(opened, one, name, new=new, resume=resume)
             options: dict[str, Any] = {"rate": rate, "limits": limits, "prices": priced, "retry_errors": retry_errors}
@@ -165,7 +165,8 @@ async def run(
                 from mist.tools.matchspec.report import report_of
 
                 found = await report_of(opened, id, gate=one.gate, baseline=baseline, complete=not outcome.stopped)
-                _written(found, output_dir, as_, badge)
+                _written(found, output_dir, as_)
+                worst = found if worst is None or _worse(found, worst) else worst
                 if write and settings.output.retain_days:
                     _retired(Path(output_dir), settings.output.retain_days, time.time())
             rows += _rows(outcome)
@@ -186,6 +187,10 @@ async def run(
                 session.out.rows(_rows(outcome), COLUMNS, empty=f"run {id} has no results yet")
             if not judged and (outcome.stopped or outcome.run.info.errors):
                 session.fail_with(PARTIAL)
+    if badge and worst is not None:
+        from mist.tools.matchspec.reports import badge as drawing
+
+        write_text(Path(badge), drawing.write(worst))
     if traffic is not None and save_cursor and whole:
         from mist.cli._eval_traffic import save
 
@@ -304,19 +309,26 @@ def _rows(outcome: Outcome) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(r) for r in rows((s.result for s in outcome.run.results), outcome.run.manifest.models)]
 
 
-def _written(report: Report, output_dir: str, as_: Format | None, badge: str) -> None:
-    """The result file (a run gone on with has the same one), a second format beside it, and the badge."""
+def _worse(a: Report, b: Report) -> bool:
+    """Whether a badge should rather show A: a failure before a success, then the lower score."""
+
+    def key(report: Report) -> tuple[bool, float]:
+        scores = [g.score for g in report.grader_results if g.score is not None and g.threshold is not None]
+        return report.ok, min(scores, default=0.0)
+
+    return key(a) < key(b)
+
+
+def _written(report: Report, output_dir: str, as_: Format | None) -> None:
+    """The result file (a run gone on with has the same one), and a second format beside it."""
     from mist.protocol.subject import encode_token
     from mist.tools.matchspec.reports import FORMATS, render
-    from mist.tools.matchspec.reports import badge as drawing
 
     if output_dir:
         began = report.started_at.translate(str.maketrans("", "", "-:Z")).replace("T", "-")
         stem = f"{encode_token(report.suite)}-{began}"
         for format in dict.fromkeys((Format.json, as_ or Format.json)):
             write_text(Path(output_dir) / f"{stem}.{FORMATS[format]}", render(report, format))
-    if badge:
-        write_text(Path(badge), drawing.write(report))
 
 
 def _retired(directory: Path, days: int, now_s: float) -> None:
