@@ -421,6 +421,8 @@ class Runner:
                 else:
                     told = known(sample) if known is not None else None
                     result = await judge.asking(sample, told, key, index, epoch, timeout_s=harness.timeout_s)
+                if result.error_kind in ("model", "timeout") and self._stop is not None and self._stop.is_set():
+                    return None  # who answers may have been stopped as well: left for whoever goes on with the run
                 before = self.counting.errors.get(slot)
                 retried = before is not None
                 if before is None or before.result.request_id != result.request_id:
