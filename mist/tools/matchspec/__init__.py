@@ -1,6 +1,6 @@
-"""MatchSpec, first slice: suites of samples, recorded answers, three graders, and runs that live in a stream.
+"""MatchSpec: suites of samples, who answers them, graders that judge, and runs that live in a stream.
 
-`suite` and `gsm8k` load what is to be graded, `graders` and `numbers` decide, `run` publishes one `eval.result` per
-sample and goes on where it stopped, `results` reads runs back and compares them. No inference, judges, weights,
-repeats or HTTP in this slice.
+`load` is the front end: files to checked suites (`specs`, `yaml`, `toml`, `data`, `gsm8k`), with the place of what is wrong in
+them (`positions`). `suite` holds the shapes, `graders` decide, `run` asks, judges and publishes one `eval.result` per
+sample, and goes on where it stopped. `results` reads runs back.
 """

@@ -26,20 +26,11 @@ from mist.tools.matchspec import gsm8k, toml
 from mist.tools.matchspec.data import Rows
 from mist.tools.matchspec.positions import Problem, Problems, Table, plain
 from mist.tools.matchspec.settings import FILE, MatchSpecSettings, layered
-from mist.tools.matchspec.specs import (
-    Reading,
-    answers_by_model,
-    complaints,
-    fields_of,
-    gate_of,
-    graders_of,
-    harness_of,
-    harness_settings,
-    model_of,
-    rows_of,
-    unknown_graders,
-    yaml_document,
-)
+from mist.tools.matchspec.specs.graders import graders_of
+from mist.tools.matchspec.specs.harness import gate_of, harness_of, harness_settings
+from mist.tools.matchspec.specs.models import answers_by_model, model_of
+from mist.tools.matchspec.specs.reading import Reading, yaml_document
+from mist.tools.matchspec.specs.samples import complaints, fields_of, rows_of, unknown_graders
 from mist.tools.matchspec.suite import Harness, Recorded, Suite, read_text, suite_of
 
 GATE_KEYS = ("thresholds", "statistics", "gate")
@@ -245,7 +236,7 @@ def _toml(table: Table, path: Path, reading: Reading) -> Suite | None:
             "the suite has no graders, nothing would be judged", key="graders" if "graders" in table.value else ""
         )
     inner = table.table("model")
-    model, timeout = model_of(inner, reading, path.parent, rows) if inner is not None else (None, 0.0)
+    model, timeout = model_of(inner, reading, path.parent) if inner is not None else (None, 0.0)
     settings = harness_settings(table, reading.settings, timeout)
     gate = gate_of(table, reading.settings, [g.name for g in graders])
     tags, seed = table.texts("tags"), table.integer("seed", None)
