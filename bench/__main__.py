@@ -1,8 +1,8 @@
 """Run the benchmarks: `python -m bench [--only NAME,…] [--rounds N] [--scale F] [--dir DIR] [--format json]`.
 
 Parts: append, replay, follow, consume, start (the embedded log), http (its door), tokentrace (the trace
-store), nats, redis, latency, memory, copy (the servers). Not by default: scale (minutes, and gigabytes on the disk),
-infermux (installs LiteLLM's proxy beside the environment, once).
+store), matchspec (evals), nats, redis, latency, memory, copy (the servers). Not by default: scale (minutes, and gigabytes on
+the disk), infermux (installs LiteLLM's proxy beside the environment, once).
 """
 
 from __future__ import annotations
@@ -12,11 +12,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bench import appending, consuming, following, http, infermux, replaying, scaling, servers, starting, tokentrace
+from bench import (
+    appending,
+    consuming,
+    following,
+    http,
+    infermux,
+    matchspec,
+    replaying,
+    scaling,
+    servers,
+    starting,
+    tokentrace,
+)
 from bench.common import Board
 
 PARTS = (
-    "append", "replay", "follow", "consume", "start", "http", "tokentrace", "nats", "redis", "latency", "memory", "copy",
+    "append", "replay", "follow", "consume", "start", "http", "tokentrace", "matchspec", "nats", "redis", "latency", "memory", "copy",
 )  # fmt: skip
 EXTRA = ("scale", "infermux")
 
@@ -31,8 +43,8 @@ def main() -> None:
         "--dir", type=Path, help="where to write (a real disk, not tmpfs); default: the temporary directory"
     )
     parser.add_argument(
-        "--memory-spans", type=int, default=1_000_000, help="how many spans the part tokentrace looks at its memory for;"
-        " 0 = not; 5000000 takes minutes",
+        "--memory-spans", type=int, default=1_000_000, help="how many spans (tokentrace) or samples (matchspec) memory is"
+        " looked at for; 0 = not; 5000000 takes minutes",
     )  # fmt: skip
     parser.add_argument("--format", choices=["text", "json"], default="text")
     args = parser.parse_args()
@@ -60,6 +72,8 @@ def main() -> None:
             tokentrace.run(board, base, args.rounds, args.scale, args.memory_spans)
         if "infermux" in parts:
             infermux.run(board, base, args.rounds, args.scale)
+        if "matchspec" in parts:
+            matchspec.run(board, base, args.rounds, args.scale, args.memory_spans)
         if "scale" in parts:
             scaling.run(board, base, args.scale)
         servers.run(board, parts, args.rounds, args.scale, args.loop)

@@ -340,8 +340,8 @@ class _Program:
         elif self._spec.input_via == "env":
             env["INPUT"] = q.prompt
         by_stdin = self._spec.input_via == "stdin"
-        try:
-            process = await asyncio.create_subprocess_exec(
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
                 *argv,
                 stdin=asyncio.subprocess.PIPE if by_stdin else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -349,15 +349,21 @@ class _Program:
                 env=env,
                 start_new_session=True,
             )
+        )
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # asyncio would kill the program alone and wait for the pipes that its children hold
+            with contextlib.suppress(OSError, ValueError):
+                await _end(await starting)
+            raise
         except (OSError, ValueError) as exc:
             raise NotFound(f"model {self._label}: cannot start {argv[0]!r}: {exc}") from exc
         try:
             out, err = await process.communicate(q.prompt.encode() if by_stdin else None)
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await asyncio.shield(process.wait())
+        except BaseException:
+            await _end(process)
+            raise
         if process.returncode:
             told = err.decode("utf-8", "replace").strip()[-STDERR_CHARS_MAX:]
             raise TransportError(f"model {self._label}: exit code {process.returncode}: {told}", retryable=False)
@@ -368,6 +374,14 @@ class _Program:
 
     async def aclose(self) -> None:
         return None
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill it with its group, and wait. Where it has ended by itself, a child of it may still hold its output open."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:
+        await asyncio.shield(process.wait())
 
 
 class _Function:
