@@ -24,7 +24,7 @@ from mist.kit import resource
 from mist.kit.health import Health
 from mist.kit.lifecycle import DRAIN_S, Lifecycle, Say, Unit
 from mist.kit.metrics import Metrics
-from mist.kit.server import App, AppServer, Site
+from mist.kit.server import CLOSE_WAIT_S, App, AppServer, Site
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import HEALTH_PING
 
@@ -173,8 +173,9 @@ async def run(
     The broker is waited for at the start, `wait_s` at most (0 = for ever).
     """
     running = Running()
+    close_s = max(CLOSE_WAIT_S, drain_s - CLOSE_WAIT_S)  # an answer may take long; the tools need some of the time
     async with Lifecycle(stop, say=say, drain_s=drain_s) as life:
-        server = await life.enter("listener", AppServer(running.site, host=host, port=port))
+        server = await life.enter("listener", AppServer(running.site, host=host, port=port, close_s=close_s))
         life.at_drain("health", running.health.drain)
         life.at_drain("listener", server.close)
         running.broker = broker = await life.connected(connect, wait_s=wait_s)

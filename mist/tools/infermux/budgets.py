@@ -27,6 +27,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -63,7 +64,7 @@ FLUSH_S = 1.0
 """What nobody waits for is written after this long."""
 ORPHAN_S = 24 * 3600.0
 UNWRITTEN_MAX = 100_000
-"""Costs that could not be written are kept, and tried again, up to this many; then they are counted as lost."""
+"""What could not be written is kept, and tried again, up to this many; beyond it is counted as lost."""
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,11 @@ class Ledger:
         self._owner = owner
         self._on_alert = on_alert
         self._time_ns = time_ns
-        self._queue: queue.SimpleQueue[_Ask | Operation | _Stop] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Ask | _Stop | None] = queue.SimpleQueue()
+        """None = there is something that nobody waits for."""
+        self._later: deque[Settle | Book] = deque()
+        self._told = False
+        """Whether the thread knows that something lies in `_later`: it is not woken for each."""
         self._unwritten: list[Operation] = []
         self._lost = 0
         self._outstanding = 0
@@ -210,7 +215,7 @@ class Ledger:
             outcome = await ask.future
         except asyncio.CancelledError:
             if ask.future.done() and not ask.future.cancelled() and ask.granted:
-                self._queue.put(Settle(reservation.id, None))  # it was granted just now
+                self._put(Settle(reservation.id, None))  # it was granted just now
             raise
         if outcome.refused is not None:
             raise _refusal(outcome.refused, outcome.used, reservation)
@@ -225,18 +230,21 @@ class Ledger:
         """It did cost this. Also for an orphan of another process."""
         self._check_open()
         self._outstanding -= reservation.owner == self._owner
-        self._queue.put(Settle(reservation.id, entry))
+        self._put(Settle(reservation.id, entry))
 
     def release(self, reservation: Reservation) -> None:
         """Nothing was asked, or nothing is to pay."""
         self._check_open()
         self._outstanding -= reservation.owner == self._owner
-        self._queue.put(Settle(reservation.id, None))
+        self._put(Settle(reservation.id, None))
 
     def book(self, entry: Entry) -> None:
         """A cost that nothing was reserved for: of a call without budgets."""
         self._check_open()
-        self._queue.put(Book(entry))
+        if len(self._later) >= UNWRITTEN_MAX:  # the file cannot be written for long
+            self._lost += 1
+        else:
+            self._put(Book(entry))
 
     async def orphans(self) -> list[Reservation]:
         """What dead processes had reserved, oldest first: to be settled by whoever finds what became of it."""
@@ -310,6 +318,12 @@ class Ledger:
         if not left:
             self._lock.path.unlink(missing_ok=True)
 
+    def _put(self, operation: Settle | Book) -> None:
+        self._later.append(operation)
+        if not self._told:
+            self._told = True
+            self._queue.put(None)
+
     def _check_open(self) -> None:
         if self._closed:
             raise Closed("the ledger is closed")
@@ -321,7 +335,7 @@ class Ledger:
             if ask.future.cancelled():
                 if ask.granted and isinstance(ask.operation, Reserve):
                     self._released = True
-                    self._queue.put(Settle(ask.operation.reservation.id, None))
+                    self._put(Settle(ask.operation.reservation.id, None))
             elif ask.error is not None:
                 ask.future.set_exception(ask.error)
             elif ask.outcome is not None:
@@ -332,61 +346,58 @@ class Ledger:
     def _write(self) -> None:
         stopped = False
         while not stopped:
-            taken = self._take()
-            stopped = any(isinstance(item, _Stop) for item in taken)
-            asks = [item for item in taken if isinstance(item, _Ask)]
+            asks, stopped = self._take()
             operations, self._unwritten = self._unwritten, []
+            # told again from here on; what nobody waits for was said before what somebody does
+            self._told = False
+            while self._later:
+                operations.append(self._later.popleft())
             before = len(operations)
-            operations += [
-                item.operation if isinstance(item, _Ask) else item for item in taken if not isinstance(item, _Stop)
-            ]
+            operations += [ask.operation for ask in asks]
             if not operations:
                 continue
             try:
                 outcomes = self._books.apply(operations)
             except MistError as exc:
-                self._failed(exc, operations, asks)
+                self._failed(exc, operations[:before], asks)
                 if stopped and self._unwritten:
                     self._lost += len(self._unwritten)
                     logger.error("the ledger is closed with %d costs that could not be written", len(self._unwritten))
             else:
-                for item, outcome in zip(taken, outcomes[before:], strict=False):  # a _Stop is the last one
-                    if isinstance(item, _Ask):
-                        item.outcome = outcome
+                for ask, outcome in zip(asks, outcomes[before:], strict=True):
+                    ask.outcome = outcome
             if asks:
                 # a loop that is closed has nobody left who waits
                 with contextlib.suppress(RuntimeError):
                     asks[0].loop.call_soon_threadsafe(self._answer, asks)
 
-    def _take(self) -> list[_Ask | Operation | _Stop]:
-        """What there is. What nobody waits for lies for a while, so that it shares a commit."""
-        taken: list[_Ask | Operation | _Stop] = []
-        urgent = False
+    def _take(self) -> tuple[list[_Ask], bool]:
+        """Whoever waits now, and whether this is the end. What nobody waits for lies for a while, to share a commit."""
+        asks: list[_Ask] = []
         until = time.monotonic() + FLUSH_S if self._unwritten else math.inf
-        while len(taken) < BATCH_MAX:
+        while len(asks) < BATCH_MAX:
             try:
-                if urgent:
+                if asks:
                     item = self._queue.get_nowait()
                 else:
                     item = self._queue.get(timeout=max(0.0, until - time.monotonic()) if until < math.inf else None)
             except queue.Empty:
                 break
-            until = min(until, time.monotonic() + FLUSH_S)
-            taken.append(item)
-            urgent = urgent or isinstance(item, _Ask | _Stop)
             if isinstance(item, _Stop):
-                break
-        return taken
+                return asks, True
+            if item is None:
+                until = min(until, time.monotonic() + FLUSH_S)
+            else:
+                asks.append(item)
+        return asks, False
 
-    def _failed(self, error: MistError, operations: list[Operation], asks: list[_Ask]) -> None:
+    def _failed(self, error: MistError, later: list[Operation], asks: list[_Ask]) -> None:
         """Who waits is told; what nobody waits for is kept for the next time."""
-        asked = {id(ask.operation) for ask in asks}
         for ask in asks:
             ask.error = error
-        kept = [operation for operation in operations if id(operation) not in asked]
-        over = max(0, len(kept) - UNWRITTEN_MAX)
+        over = max(0, len(later) - UNWRITTEN_MAX)
         self._lost += over
-        self._unwritten = kept[over:]
+        self._unwritten = later[over:]
         logger.error("the ledger cannot be written: %s", error)
 
 

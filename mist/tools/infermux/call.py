@@ -446,7 +446,7 @@ class Call:
 
     def _price_it(self, lane: Lane, usage: Usage, stated_usd: float | None) -> None:
         self.cost_usd, self.price_version = stated_usd, ""
-        if stated_usd is None:
+        if stated_usd is None and lane.side.settings.type != "replay":  # what was paid once is not paid again
             costs = self.router.costs
             self.cost_usd = costs.actual(lane.target.provider, lane.target.model, usage, self.router.time_ns())
             if self.cost_usd is not None:

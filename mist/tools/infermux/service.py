@@ -27,7 +27,7 @@ from mist.tools.infermux.chat import Caller
 from mist.tools.infermux.figures import costs, month_of
 from mist.tools.infermux.handler import answered
 from mist.tools.infermux.keys import Keys
-from mist.tools.infermux.recorder import Recorder
+from mist.tools.infermux.recorder import DRAIN_S, Recorder
 from mist.tools.infermux.router import Router
 from mist.tools.infermux.settings import InferMuxSettings
 from mist.transport.body import Limits
@@ -88,10 +88,14 @@ class InferMux:
 
     async def aclose(self, drain_s: float) -> None:
         """Drain the record, close the providers and the ledger."""
-        await self.recorder.aclose(drain_s)
-        await self.router.aclose()
-        if self._ledger is not None:
-            await self._ledger.aclose()
+        try:
+            await self.recorder.aclose(min(drain_s, DRAIN_S))
+        finally:  # also when nobody wants to wait any longer: money is not to be lost for a record
+            try:
+                await self.router.aclose()
+            finally:
+                if self._ledger is not None:
+                    await self._ledger.aclose()
 
     async def _costs(self, path: str, query: bytes) -> Any:
         assert self._ledger is not None  # noqa: S101 - else the route is not there

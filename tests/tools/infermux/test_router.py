@@ -39,10 +39,15 @@ async def kinds(found: Router, request: ChatRequest | None = None) -> list[str]:
 def test_an_answer_and_its_way() -> None:
     async def body() -> None:
         clock = Clock()
-        a = Scripted("a", "hello")
+        a = Scripted("a", "onetwo")
         found = router(a, clock=clock, prices=PRICES)
         routed = await found.complete(question(model="a/m"))
-        assert (routed.reply.content, routed.provider, routed.model, routed.strategy) == ("hello", "a", "m", "priority")
+        assert (routed.reply.content, routed.provider, routed.model, routed.strategy) == (
+            "onetwo",
+            "a",
+            "m",
+            "priority",
+        )
         assert (routed.cost_usd, routed.price_version) == (pytest.approx(0.03), PRICES.version)
         assert [(x.provider, x.kind) for x in routed.attempts] == [("a", "")]
         stated = router(Scripted("a", Reply(content="x", model="m", cost_usd=0.5)), prices=PRICES)
@@ -180,6 +185,8 @@ def test_a_hanging_provider_is_cancelled() -> None:
                 routed = await found.complete(question())
             assert [(x.provider, x.kind) for x in routed.attempts] == [("a", "timeout"), ("b", "")]
             assert (a.cancelled, a.under_way) == (1, 0)
+            hung = found.providers()[0].models[0]
+            assert (hung.first_s if streamed else hung.latency_s) is not None  # slow, and known to be
             at_rest(found)
 
     run(body())
@@ -371,19 +378,20 @@ def test_before_the_first_piece_failures_are_not_seen() -> None:
     async def body() -> None:
         a = Scripted("a", [fail("overloaded", 529)], [], [fail("server", 503)])
         b = Scripted(
-            "b", ["hel", "lo", Chunk(finish_reason="stop", usage=Usage(tokens_in=1, tokens_out=2), model="m-1", id="i")]
+            "b",
+            ["one", "two", Chunk(finish_reason="stop", usage=Usage(tokens_in=1, tokens_out=2), model="m-1", id="i")],
         )
         found = router(a, b, routing={"retries": 2}, prices=PRICES)
         routed = (await read(found)).routed()
         assert [x.kind for x in routed.attempts] == ["overloaded", "bad_answer", "server", ""]
         assert (routed.reply.content, routed.reply.finish_reason, routed.reply.model, routed.reply.id) == (
-            "hello",
+            "onetwo",
             "stop",
             "m-1",
             "i",
         )
         assert routed.cost_usd == pytest.approx(0.003)
-        assert [c.content async for c in found.stream(question(provider="b"))] == ["hel", "lo", ""]
+        assert [c.content async for c in found.stream(question(provider="b"))] == ["one", "two", ""]
         at_rest(found)
 
     run(body())
@@ -394,7 +402,7 @@ def test_after_the_first_piece_a_failure_is_the_end(broken: Any) -> None:
     """Never a second beginning: what is raised says `begun`, nobody else is asked, the breaker hears of it."""
 
     async def body() -> None:
-        a, b = Scripted("a", ["hel", broken]), Scripted("b")
+        a, b = Scripted("a", ["one", broken]), Scripted("b")
         found = router(a, b, of={"a": {"timeout": 0.01}}, prices=PRICES)
         got: list[str] = []
         call = found.streaming(question())
@@ -407,10 +415,10 @@ def test_after_the_first_piece_a_failure_is_the_end(broken: Any) -> None:
         with pytest.raises(ProviderError) as failed:
             await read_into()
         assert failed.value.begun
-        assert (got, b.asked, a.under_way) == (["hel"], [], 0)
+        assert (got, b.asked, a.under_way) == (["one"], [], 0)
         routed = call.routed()
         assert (routed.reply.content, routed.reply.finish_reason, [x.kind for x in routed.attempts]) == (
-            "hel",
+            "one",
             "",
             [failed.value.kind],
         )
@@ -514,6 +522,38 @@ def test_the_second_of_two_may_be_first() -> None:
         await asyncio.wait({task})
         assert task.cancelled()
         assert a.under_way == b.under_way == 0
+        at_rest(found)
+
+    run(body())
+
+
+def test_cancelled_while_the_second_of_two_is_stopped() -> None:
+    """The answer is there, the other attempt takes its time to end, and the caller goes, twice: nothing is left."""
+
+    class Slow(Scripted):
+        async def complete(self, request: ChatRequest, model: str, *, timeout_s: float) -> Reply:
+            try:
+                return await super().complete(request, model, timeout_s=timeout_s)
+            except asyncio.CancelledError:
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                raise
+
+    async def body() -> None:
+        a, b = Slow("a", HANG), Scripted("b", "quick")
+        b.gate = asyncio.Event()
+        found = router(a, b, routing={"hedge_after": 0.001})
+        task = asyncio.create_task(found.complete(question()))
+        while not b.asked:
+            await asyncio.sleep(0)
+        b.gate.set()
+        while not a.cancelled:
+            await asyncio.sleep(0)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait({task})
+        assert task.cancelled()
         at_rest(found)
 
     run(body())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import fields
 
 from mist.cli.settings import Settings
 from mist.config import merge, toml_layer
@@ -20,7 +23,15 @@ from mist.tools.infermux.keys import Keys
 from mist.tools.infermux.limits import Limits, Slots, Window
 from mist.tools.infermux.naming import Catalogue, Target
 from mist.tools.infermux.routing import Ask, Candidate, PeakEwma, ordered, rendezvous
-from mist.tools.infermux.settings import InferMuxSettings, RoutingSettings
+from mist.tools.infermux.settings import (
+    BreakerSettings,
+    BudgetSettings,
+    GroupSettings,
+    InferMuxSettings,
+    KeySettings,
+    ProviderSettings,
+    RoutingSettings,
+)
 
 TWO = """
 [[infermux.providers]]
@@ -60,7 +71,7 @@ def test_without_a_table_there_is_echo() -> None:
     [
         ("[[infermux.providers]]\nname = 'x'\ntype = 'openai'", r"providers 'x': base_url is missing"),
         ("[[infermux.providers]]\nname = 'x'\ntype = 'opnai'", "infermux.providers"),
-        ("[[infermux.providers]]\nname = 'x'\ntype = 'echo'\nwieght = 2", "wieght"),
+        ("[[infermux.providers]]\nname = 'x'\ntype = 'echo'\nheft = 2", "heft"),
         ("[[infermux.providers]]\nname = 'x/y'\ntype = 'echo'", "providers: name = 'x/y'"),
         ("[[infermux.providers]]\nname = 'x'\ntype = 'echo'\nweight = 0", "weight = 0"),
         ("[[infermux.providers]]\nname = 'x'\ntype = 'echo'\ntimeout = '0'", "timeout = 0"),
@@ -430,3 +441,20 @@ def test_who_shows_which_key() -> None:
     with pytest.raises(MistError, match="CI_KEY"):
         Keys(got, {})
     assert Keys(table(""), {}).caller("anything").key == ""
+
+
+def test_the_page_of_the_settings() -> None:
+    """Its example is right, and it names every key there is."""
+    page = (Path(__file__).parents[3] / "docs/reference/infermux-settings.md").read_text()
+    got = table(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
+    catalogue = Catalogue(got)
+    assert targets(catalogue, "smart") == [
+        ["openai/gpt-4o", "claude/claude-opus-4-5"],
+        ["openai/gpt-4o-mini"],
+        ["here/llama3.2"],
+    ]
+    for kind in (
+        InferMuxSettings, ProviderSettings, GroupSettings, RoutingSettings, BreakerSettings, BudgetSettings, KeySettings,
+    ):  # fmt: skip
+        for field in fields(kind):
+            assert f"`{field.encode_name}`" in page, (kind, field.encode_name)
