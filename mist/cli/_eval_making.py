@@ -43,7 +43,7 @@ async def rescore(
     loaded = load_one(session, suite)
     broker, opened = await session.reach(stream)
     id = name or new_run_id(loaded.name)
-    async with hands(session, ask) as given:
+    async with hands(session, ask, [loaded]) as given:
         equipped = _equipped(loaded, given)
         with session.out.progress("grading", loaded.total) as bar:
 
@@ -98,7 +98,7 @@ async def _derived(derive: Any, run: str, suite: str, name: str, ask: str, strea
     broker, opened = await session.reach(stream)
     id = name or new_run_id(loaded.name)
     session.resume = f"go on with: mist eval run {suite} --run {id}"
-    async with hands(session, ask) as given:
+    async with hands(session, ask, [loaded]) as given:
         equipped = _equipped(loaded, given)
         with session.out.progress("grading", loaded.total) as bar:
 

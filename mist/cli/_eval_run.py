@@ -90,6 +90,24 @@ async def run(
         Format | None, typer.Option("--as", help="With --output-dir: a report in this format beside the JSON.")
     ] = None,
     badge: Annotated[str, typer.Option("--badge", metavar="FILE", help="Write an SVG badge there.")] = "",
+    from_stream: Annotated[
+        str,
+        typer.Option("--from-stream", metavar="STREAM", help="Judge the answers of this stream, as infer; ask nobody."),
+    ] = "",
+    from_: Annotated[
+        str,
+        typer.Option("--from", metavar="POS", help="With --from-stream: from there; start, N, +N, @TIME, cursor:NAME."),
+    ] = "",
+    to: Annotated[str, typer.Option("--to", metavar="POS", help="With --from-stream: up to there.")] = "",
+    save_cursor: Annotated[
+        str, typer.Option("--save-cursor", metavar="NAME", help="With --from-stream: remember how far this got.")
+    ] = "",
+    spans: Annotated[
+        str,
+        typer.Option(
+            "--spans", metavar="STREAM", help="Publish the results as spans there, so that traces show quality."
+        ),
+    ] = "",
     config: ConfigOption = "",
     write: Annotated[bool, typer.Option("--write", hidden=True, help="To the directory of the settings.")] = False,
     stream: StreamOption = "eval",
@@ -106,6 +124,7 @@ async def run(
       mist eval run suite.toml
       mist eval run gsm8k_model_solutions.jsonl --format json
       mist eval run suite.toml --dry-run --limit-usd 2
+      mist eval run suite.toml --from-stream infer --from @-24h --spans trace
     """
     from mist.cli._ask import hands
     from mist.tools.matchspec.run import Limits
@@ -115,6 +134,14 @@ async def run(
     suites = chosen(loaded, suite or ([] if paths else session.config.eval.suites), tags)
     if write and not output_dir:
         output_dir, as_ = settings.output.dir, as_ or Format(settings.output.format)
+    traffic = None
+    if from_stream:
+        from mist.cli._eval_traffic import judged as judged_traffic
+
+        traffic = await judged_traffic(session, suites, from_stream, from_, to)
+        suites = traffic.suites
+    elif from_ or to or save_cursor:
+        raise InvalidArgument("--from, --to and --save-cursor are for --from-stream")
     suites = [tuned(s, concurrency=concurrency, timeout_s=sample_timeout, epochs=epochs) for s in suites]
     if name and len(suites) > 1:
         raise InvalidArgument(f"--run names one run, there are {len(suites)} suites", hint="choose one with --suite")
@@ -125,7 +152,8 @@ async def run(
     broker, opened = await session.reach(stream, create=True)
     limits = Limits(usd=limit_usd, tokens=limit_tokens, seconds=limit_s)
     rows: list[dict[str, Any]] = []
-    async with hands(session, ask) as given:
+    whole, worst = True, None
+    async with hands(session, ask, suites) as given:
         for one in suites:
             id = await _run_id(opened, one, name, new=new, resume=resume)
             options: dict[str, Any] = {"rate": rate, "limits": limits, "prices": priced, "retry_errors": retry_errors}
@@ -137,10 +165,17 @@ async def run(
                 from mist.tools.matchspec.report import report_of
 
                 found = await report_of(opened, id, gate=one.gate, baseline=baseline, complete=not outcome.stopped)
-                _written(found, output_dir, as_, badge)
+                _written(found, output_dir, as_)
+                worst = found if worst is None or _worse(found, worst) else worst
                 if write and settings.output.retain_days:
                     _retired(Path(output_dir), settings.output.retain_days, time.time())
             rows += _rows(outcome)
+            whole = whole and not outcome.stopped
+            if spans:
+                from mist.tools.matchspec.tracing import publish_spans
+
+                count = await publish_spans(opened, id, await broker.open(spans))
+                session.out.note(f"{count} spans to stream {spans}")
             if judged and found is not None:
                 if session.out.format == "table":
                     say(session, found, Format.text, show_all=show_all_failures)
@@ -152,6 +187,14 @@ async def run(
                 session.out.rows(_rows(outcome), COLUMNS, empty=f"run {id} has no results yet")
             if not judged and (outcome.stopped or outcome.run.info.errors):
                 session.fail_with(PARTIAL)
+    if badge and worst is not None:
+        from mist.tools.matchspec.reports import badge as drawing
+
+        write_text(Path(badge), drawing.write(worst))
+    if traffic is not None and save_cursor and whole:
+        from mist.cli._eval_traffic import save
+
+        await save(session, traffic, save_cursor)
     if session.out.format != "table":
         session.out.rows(rows, COLUMNS)
 
@@ -266,19 +309,26 @@ def _rows(outcome: Outcome) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(r) for r in rows((s.result for s in outcome.run.results), outcome.run.manifest.models)]
 
 
-def _written(report: Report, output_dir: str, as_: Format | None, badge: str) -> None:
-    """The result file (a run gone on with has the same one), a second format beside it, and the badge."""
+def _worse(a: Report, b: Report) -> bool:
+    """Whether a badge should rather show A: a failure before a success, then the lower score."""
+
+    def key(report: Report) -> tuple[bool, float]:
+        scores = [g.score for g in report.grader_results if g.score is not None and g.threshold is not None]
+        return report.ok, min(scores, default=0.0)
+
+    return key(a) < key(b)
+
+
+def _written(report: Report, output_dir: str, as_: Format | None) -> None:
+    """The result file (a run gone on with has the same one), and a second format beside it."""
     from mist.protocol.subject import encode_token
     from mist.tools.matchspec.reports import FORMATS, render
-    from mist.tools.matchspec.reports import badge as drawing
 
     if output_dir:
         began = report.started_at.translate(str.maketrans("", "", "-:Z")).replace("T", "-")
         stem = f"{encode_token(report.suite)}-{began}"
         for format in dict.fromkeys((Format.json, as_ or Format.json)):
             write_text(Path(output_dir) / f"{stem}.{FORMATS[format]}", render(report, format))
-    if badge:
-        write_text(Path(badge), drawing.write(report))
 
 
 def _retired(directory: Path, days: int, now_s: float) -> None:

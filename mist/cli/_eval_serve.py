@@ -54,7 +54,7 @@ async def serve(
     broker, opened = await session.reach(stream, create=True)
 
     async def work(stop: asyncio.Event) -> Served:
-        async with hands(session, ask) as given, asyncio.TaskGroup() as group:
+        async with hands(session, ask, found) as given, asyncio.TaskGroup() as group:
             service = Service(found, hands=given, say=session.out.warn)
             ended, ready = asyncio.Event(), asyncio.Event()
             group.create_task(service.run(broker, opened, ended, ready=ready.set))

@@ -35,6 +35,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"}
 Tool = Callable[["Platform"], Awaitable[None]]
 Answerer = Callable[[Envelope, Mapping[bytes, bytes]], Awaitable[Envelope]]
 """What answers an envelope at the door, given its request's headers."""
+Asked = Callable[[Envelope], Awaitable[Envelope]]
 
 
 class Platform(Unit):
@@ -52,6 +53,7 @@ class Platform(Unit):
         config: StreamConfig | None,
         say: Say,
         answers: dict[str, Answerer],
+        asks: dict[str, Asked],
     ) -> None:
         super().__init__(name)
         self.broker = broker
@@ -64,6 +66,8 @@ class Platform(Unit):
         self.doors: dict[str, App] = {}
         self.answers = answers
         """Of all tools together: type of an envelope -> what answers one that comes alone to the door."""
+        self.asks = asks
+        """The same for tools of this process, which store question and answer themselves."""
 
     def reply(self, envelope: Envelope, headers: Mapping[bytes, bytes]) -> Envelope | Awaitable[Envelope] | None:
         """What an envelope is answered with instead of being stored: a `health.ping` with a `health.pong`, and what a tool
@@ -178,9 +182,18 @@ async def run(
         if broker is None:
             return {}
         answers: dict[str, Answerer] = {}
+        asks: dict[str, Asked] = {}
         for name, tool in tools.items():
             platform = Platform(
-                name, broker, running.health, running.metrics, stream=stream, config=config, say=say, answers=answers
+                name,
+                broker,
+                running.health,
+                running.metrics,
+                stream=stream,
+                config=config,
+                say=say,
+                answers=answers,
+                asks=asks,
             )
             running.add(platform)
             life.supervise(platform, partial(tool, platform))

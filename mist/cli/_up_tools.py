@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,6 +190,7 @@ def alerts(store: Callable[[], Path | str], *, rules: Sequence[Rule]) -> Tool:
 
 ASKED = (INFER_REQUEST, f"{INFER_REQUEST}.>", HEALTH_PING)
 LOCAL = frozenset({"127.0.0.1", "::1", "localhost"})
+ROUTER_POLL_S = 0.05
 AGAIN_S = 5.0
 """Before a broker that is away for long is asked again for requests; calls by HTTP go on meanwhile."""
 
@@ -208,7 +210,8 @@ def infermux(
     tool of that name serves `/mist`."""
 
     from mist.tools.infermux.budgets import Ledger
-    from mist.tools.infermux.handler import handler
+    from mist.tools.infermux.calls import SPAN
+    from mist.tools.infermux.handler import answered, handler
     from mist.tools.infermux.router import Router
     from mist.tools.infermux.service import InferMux, watch
 
@@ -247,6 +250,7 @@ def infermux(
         try:
             platform.facts = service.facts
             platform.answers[INFER_REQUEST] = service.answer
+            platform.asks[INFER_REQUEST] = lambda asked: answered(service.calls, asked, SPAN, errors=False)
             platform.doors |= service.doors()
             if not door:
                 platform.doors[DOOR] = server.ingest(_requests_only, path=DOOR, limits=limits, reply=platform.reply)
@@ -262,6 +266,7 @@ def infermux(
             raise found.exceptions[0] from None
         finally:
             platform.answers.pop(INFER_REQUEST, None)
+            platform.asks.pop(INFER_REQUEST, None)
             await service.aclose(float(settings.drain))
 
     return run
@@ -323,20 +328,23 @@ def matchspec(
     """Evals: runs that are begun by HTTP, in the stream `eval`. `router`: the tool infermux of this process answers `infer`
     models and judges; else their questions go over the stream of answers. `door`: another tool serves `/mist`."""
 
+    from mist.cli._ask import traces_of
     from mist.tools.matchspec.api import Api
     from mist.tools.matchspec.graders.hands import Hands
     from mist.tools.matchspec.results import STREAM
     from mist.tools.matchspec.service import Service as Runs
 
-    loaded = suites()
+    place, loaded = store(), suites()
     table = load_prices(Path(prices)) if prices else None
 
     async def run(platform: Platform) -> None:
         async def ask(request: Envelope) -> Envelope:
-            answer = platform.answers.get(INFER_REQUEST)
-            if answer is None:
-                raise Unavailable("the tool infermux is not ready")
-            return await answer(request, {})
+            # runs go on at once after a restart, and the router may not be there yet; the harness's timeout ends this
+            while (answer := platform.asks.get(INFER_REQUEST)) is None:
+                if platform.stop.is_set():
+                    raise Unavailable("the tool infermux has ended")
+                await sleep_unless(ROUTER_POLL_S, platform.stop)
+            return await answer(request)
 
         async def elsewhere(request: Envelope, _: Mapping[bytes, bytes]) -> Envelope:
             raise InvalidArgument(
@@ -345,7 +353,9 @@ def matchspec(
 
         if not key and host not in LOCAL:
             platform.say(f"there is no MATCHSPEC_API_KEY: everybody who reaches {host} may begin runs")
-        runs = Runs(loaded, hands=Hands(ask=ask if router else None), prices=table, say=platform.say)
+        trace, stack = await platform.stream(), AsyncExitStack()
+        given = Hands(ask=ask if router else None, trace=traces_of(place, stack))
+        runs = Runs(loaded, hands=given, prices=table, trace=trace, say=platform.say)
         platform.facts = runs.facts
         stream = await platform.broker.open(STREAM)
 
@@ -359,5 +369,6 @@ def matchspec(
             await runs.run(platform.broker, stream, platform.stop, ready=ready)
         finally:
             platform.answers.pop(EVAL_RUN, None)
+            await stack.aclose()
 
     return run

@@ -38,7 +38,7 @@ TOOLS: dict[str, tuple[str, str]] = {
 """name -> (a function that takes `store()`, which gives the path of a store of that name, and returns a Tool; what it
 does). The tools of later issues are lines here."""
 
-STORES = {"alerts": "tokentrace"}
+STORES = {"alerts": "tokentrace", "matchspec": "tokentrace"}
 """Tools that work on another one's store."""
 
 KEY = "MATCHSPEC_API_KEY"

@@ -119,7 +119,7 @@ def test_the_settings_redact_sample_and_alert(
 def test_from_the_door_to_the_store(spawn: Spawn, cli: Cli, log: str, tmp_path: Path) -> None:
     """What was answered with 202 is in the stream, and soon in the store; SIGTERM ends with 143 and says how far."""
     process, found = started(spawn, log)
-    assert found["tools"] == ["door", "tokentrace", "otlp", "alerts", "infermux"]
+    assert found["tools"] == ["door", "tokentrace", "otlp", "alerts", "infermux", "matchspec"]
     alive = httpx.get(found["healthz"], trust_env=False).json()
     assert (alive["status"], alive["tool"], alive["version"]) == ("ok", "mist", mist.__version__)
     assert httpx.get(found["startupz"], trust_env=False).status_code == 200

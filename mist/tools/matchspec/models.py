@@ -70,7 +70,7 @@ class Answerer(Protocol):
     async def aclose(self) -> None: ...
 
 
-def at_once(harness: Harness) -> Callable[[Sample], str | None] | None:
+def at_once(harness: Harness) -> Callable[[Sample], Answer | str | None] | None:
     """What answers without waiting; None where somebody must be asked. None as its answer: there is none."""
     model = harness.model
     match model:

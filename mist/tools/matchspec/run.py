@@ -326,7 +326,7 @@ class Runner:
             self.why = f"the limit of {limits.usd:g} USD is reached: {counting.usd:.6g} USD were spent"
         return bool(self.why)
 
-    async def _at_once(self, harness: Harness, judge: Judge, known: Callable[[Sample], str | None]) -> None:
+    async def _at_once(self, harness: Harness, judge: Judge, known: Callable[[Sample], Answer | str | None]) -> None:
         """Answers that are there, and graders that decide at once: a batch is judged while the one before is stored."""
         storing: asyncio.Task[list[int]] | None = None
         stored = 0
@@ -389,7 +389,9 @@ class Runner:
         if self._on_progress is not None:
             self._on_progress(self.kept + self.ran, self.suite.total)
 
-    async def _asking(self, harness: Harness, judge: Judge, known: Callable[[Sample], str | None] | None) -> None:
+    async def _asking(
+        self, harness: Harness, judge: Judge, known: Callable[[Sample], Answer | str | None] | None
+    ) -> None:
         """Somebody is asked, for the answer or for the verdict: `concurrency` samples at a time."""
         async with AsyncExitStack() as stack:
             results = await stack.enter_async_context(_publishing(self.stream, harness))
@@ -419,6 +421,8 @@ class Runner:
                 else:
                     told = known(sample) if known is not None else None
                     result = await judge.asking(sample, told, key, index, epoch, timeout_s=harness.timeout_s)
+                if result.error_kind in ("model", "timeout") and self._stop is not None and self._stop.is_set():
+                    return None  # who answers may have been stopped as well: left for whoever goes on with the run
                 before = self.counting.errors.get(slot)
                 retried = before is not None
                 if before is None or before.result.request_id != result.request_id:

@@ -1,8 +1,9 @@
 """MatchSpec as a service: runs that are begun by a request and go on without it.
 
 Promises: a run that was accepted has its manifest in the stream, so that a restart goes on with it, and no finished sample is
-run again; at most `at_once` run at the same time, at most WAITING_MAX more wait. A run whose suite is not what it was is not gone
-on with, and says so. On `stop` runs end after what is in hand is stored.
+run again; at most `at_once` run at the same time, at most WAITING_MAX more wait. A run whose suite is not what it was is not
+gone on with, and says so. A run that ended is published as spans where a `trace` stream is given. On `stop` runs end after
+what is in hand is stored.
 
 Does not: load suites, open brokers or listeners, or authenticate: the caller hands those in, and api.py asks for the key.
 """
@@ -29,6 +30,7 @@ from mist.tools.matchspec.results import Manifest, read_heads
 from mist.tools.matchspec.run import Runner
 from mist.tools.matchspec.select import by_ids, by_tags, split
 from mist.tools.matchspec.suite import CONCURRENCY_MAX, Suite
+from mist.tools.matchspec.tracing import publish_spans
 
 AT_ONCE = 2
 WAITING_MAX = 100
@@ -79,6 +81,7 @@ class Service:
         *,
         hands: Hands | None = None,
         prices: Prices | None = None,
+        trace: Stream | None = None,
         at_once: int = AT_ONCE,
         say: Say = lambda _text: None,
         clock: Callable[[], float] = time.time,
@@ -86,6 +89,7 @@ class Service:
         self.suites: Mapping[str, Suite] = {s.name: s for s in suites}
         self._hands = hands or Hands()
         self._prices = prices
+        self._trace = trace
         self._gate = asyncio.Semaphore(at_once)
         self._at_once = at_once
         self._say = say
@@ -205,6 +209,8 @@ class Service:
         try:
             async with self._gate:
                 await runner.go()
+            if self._trace is not None and not runner.why:
+                await publish_spans(self.stream, id, self._trace)
         except MistError as exc:
             self._failed[id] = exc.message
             self._say(f"run {id}: {exc}")

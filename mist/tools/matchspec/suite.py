@@ -53,10 +53,10 @@ class Samples(Protocol):
 
 class Recorded(Struct, frozen=True, kw_only=True, tag_field="type", tag="recorded"):
     """Answers that are there already: `answers[sample id]`, or each sample's own `output` (None). A missing one is an
-    error result, never a pass."""
+    error result, never a pass. They are texts, or `asking.Answer` where costs, times and trace ids are known."""
 
     label: str
-    answers: Mapping[str, str] | None = None
+    answers: Mapping[str, Any] | None = None
 
 
 class Infer(Struct, frozen=True, kw_only=True, tag_field="type", tag="infer"):

@@ -14,6 +14,7 @@ from conftest import run
 
 import mist
 from mist.broker.base import Broker
+from mist.errors import Unavailable
 from mist.kit.server import Site
 from mist.protocol.codec import encode
 from mist.protocol.envelope import Envelope
@@ -147,6 +148,33 @@ def test_a_restart_goes_on_with_accepted_runs_and_asks_nothing_twice() -> None:
                 found = await ended(client, id)
             assert (found["completed"], found["total"]) == (6, 6)
             assert sorted(asked) == [f"{i}?" for i in range(6)]
+
+    run(whole())
+
+
+def test_a_call_that_fails_because_everything_stops_is_no_result() -> None:
+    """The router of the same process may end first: the sample is asked again after the restart."""
+
+    async def whole() -> None:
+        asked, begun = asyncio.Event(), False
+
+        async def ask(request: Envelope) -> Envelope:
+            if begun:
+                content = request.data()["messages"][-1]["content"].rstrip("?")
+                return Envelope.new("infer.response", {"content": content}, source="t", correlation_id=request.id)
+            asked.set()
+            assert first._stop is not None
+            await first._stop.wait()
+            raise Unavailable("the router has ended")
+
+        async with mist.connect("memory:") as broker:
+            async with serving(broker, asking(), hands=Hands(ask=ask)) as (client, first):
+                id = (await client.post("/run", json={})).json()["run_id"]
+                await asked.wait()
+            begun = True
+            async with serving(broker, asking(), hands=Hands(ask=ask)) as (client, _):
+                found = await ended(client, id)
+            assert (found["status"], found["model_errors"], found["passed"]) == ("passed", 0, 6)
 
     run(whole())
 

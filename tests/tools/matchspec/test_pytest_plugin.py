@@ -21,6 +21,12 @@ graders: [{{type: exact, name: right}}]
 TESTS = """
 import sys
 
+LOADED = [m for m in sys.modules if m == "mist" or m.startswith("mist.")]
+
+def test_loading_the_plug_in_imports_nothing_of_mist():
+    assert "mist_pytest" in sys.modules
+    assert LOADED == []
+
 def test_good(matchspec):
     matchspec.assert_sample("It is Paris.", "paris", grader="contains", case_sensitive=False)
 
@@ -49,17 +55,12 @@ def test_pytest_runs_suites_and_single_assertions_as_tests(tmp_path: Path) -> No
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "2 failed, 2 passed" in done.stdout
+    assert "2 failed, 3 passed" in done.stdout
     assert "good.yml::sums PASSED" in done.stdout
     assert 'a: expected "2", got "3"' in done.stdout
     assert "right  0.000" in done.stdout
     assert "asserting.py" not in done.stdout
     assert "got:      'It is Rome.'" in done.stdout
-
-
-def test_loading_the_plug_in_imports_nothing_of_mist() -> None:
-    code = "import pytest, mist_pytest, sys; print([m for m in sys.modules if m == 'mist' or m.startswith('mist.')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_a_sample_is_judged_by_one_grader_or_several() -> None:
