@@ -15,15 +15,57 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from mist.errors import Closed
 from mist.tools.infermux.call import Call, Won
 from mist.tools.infermux.chat import Chunk, Json, Reply, Usage
 from mist.tools.infermux.costs import utf8_size
-from mist.tools.infermux.failures import ProviderError
+from mist.tools.infermux.failures import Kind, ProviderError
 from mist.tools.infermux.lanes import Lane
 from mist.tools.infermux.routed import CANCELLED, Routed
+
+
+class _Silence:
+    """Ends a wait that takes too long. One timer for a whole stream: a timeout of asyncio's for each piece costs several times
+    what the piece does. While nobody waits (the reader is slow) nothing is ended."""
+
+    __slots__ = ("_before", "_handle", "_late", "_limit_s", "_loop", "_since", "_task")
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
+        self._since = 0.0
+        self._before = 0
+        self._late = False
+        self._handle = self._loop.call_later(limit_s, self._look)
+
+    def begin(self) -> None:
+        """The task that runs begins to wait."""
+        self._task = task = asyncio.current_task()
+        self._since = self._loop.time()
+        self._before = task.cancelling() if task is not None else 0
+
+    def end(self) -> None:
+        self._task = None
+
+    def ended_it(self) -> bool:
+        """Whether a cancellation is ours; it is taken back then. One that somebody else asked for as well is not."""
+        return self._late and self._task is not None and self._task.uncancel() <= self._before
+
+    def stop(self) -> None:
+        self._handle.cancel()
+
+    def _look(self) -> None:
+        wait = self._limit_s
+        if self._task is not None:
+            wait += self._since - self._loop.time()
+            if wait <= 0:
+                self._late = True
+                self._task.cancel()
+                return
+        self._handle = self._loop.call_later(wait, self._look)
 
 
 class Streaming:
@@ -35,6 +77,7 @@ class Streaming:
         self._source: AsyncIterator[Chunk] | None = None
         self._first: Chunk | None = None
         self._open = False
+        self._silence: _Silence
         self._text: list[str] = []
         self._refusal: list[str] = []
         self._bytes = 0
@@ -58,6 +101,7 @@ class Streaming:
         self._won = won
         self._source, self._first = won.value
         self._open = True
+        self._silence = _Silence(won.lane.side.timeout_s)
         call.first_piece(won)
         return self
 
@@ -86,11 +130,10 @@ class Streaming:
             if won is None:
                 raise Closed("the chunks of a stream are read inside its block")
             raise StopAsyncIteration
-        timeout_s = won.lane.side.timeout_s
-        limit = asyncio.timeout(timeout_s)
+        silence = self._silence
+        silence.begin()
         try:
-            async with limit:
-                chunk = await anext(source)
+            chunk = await anext(source)
         except StopAsyncIteration:
             self._end()
             raise
@@ -98,22 +141,24 @@ class Streaming:
             exc.begun = True
             self._break(exc.kind, exc.status)
             raise
-        except asyncio.CancelledError:
-            self._break(CANCELLED)
-            await _close(source)
-            raise
+        except asyncio.CancelledError as exc:
+            if not silence.ended_it():
+                self._break(CANCELLED)
+                await _close(source)
+                raise
+            raise await self._broken("timeout", f"silent for {won.lane.side.timeout_s:g} s", source) from exc
         except Exception as exc:
-            late = isinstance(exc, TimeoutError) and limit.expired()
-            error = ProviderError(
-                "timeout" if late else "bad_answer",
-                f"silent for {timeout_s:g} s" if late else f"{type(exc).__name__}: {exc}",
-                provider=won.lane.side.adapter.name, begun=True,
-            )  # fmt: skip
-            self._break(error.kind)
-            await _close(source)
-            raise error from exc
+            raise await self._broken("bad_answer", f"{type(exc).__name__}: {exc}", source) from exc
+        finally:
+            silence.end()
         self._take(chunk)
         return chunk
+
+    async def _broken(self, kind: Kind, message: str, source: AsyncIterator[Chunk]) -> ProviderError:
+        self._break(kind)
+        await _close(source)
+        provider = self._won.lane.target.provider if self._won is not None else ""
+        return ProviderError(kind, message, provider=provider, begun=True)
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -171,12 +216,14 @@ class Streaming:
     def _end(self) -> None:
         if self._open and self._won is not None:
             self._open = False
+            self._silence.stop()
             self._call.answered(self._won, self._usage, stated_usd=None, text_bytes=self._bytes)
             self._call.close()
 
     def _break(self, kind: str, status: int = 0) -> None:
         if self._open and self._won is not None:
             self._open = False
+            self._silence.stop()
             self._call.broken(self._won, kind, status, self._usage, self._bytes)
             self._call.close()
 

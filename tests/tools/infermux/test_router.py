@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mist.errors import CircuitOpen, InvalidArgument, MistError, NotFound, Overloaded, RateLimited, Refused, Unavailable
 from mist.kit.prices import Prices, parse_prices
+from mist.quantities import Duration
 from mist.tools.infermux.budgets import Ledger
 from mist.tools.infermux.chat import Caller, ChatMessage, ChatRequest, Chunk, Reply, Usage
 from mist.tools.infermux.failures import COUNTED, FALLS_BACK, OPENS, RETRIED, Kind, ProviderError
@@ -472,6 +473,40 @@ def test_leaving_a_stream() -> None:
     run(body())
 
 
+def test_a_slow_reader_is_not_a_silent_provider() -> None:
+    """The time that a reader takes is not the provider's; a reader that is cancelled at the limit is cancelled."""
+
+    async def body() -> None:
+        found = router(Scripted("a"), of={"a": {"timeout": 0.01}})
+        async with found.streaming(question()) as call:
+            async for _ in call.chunks:
+                await asyncio.sleep(0.012)
+        assert call.routed().reply.content == "hello"
+        found = router(Scripted("a", ["1", HANG]), of={"a": {"timeout": 0.01}})
+
+        async def reader() -> None:
+            await read(found)
+
+        task = asyncio.create_task(reader())
+        asyncio.get_running_loop().call_later(0.01, task.cancel)
+        await asyncio.wait({task})
+        assert task.cancelled() or isinstance(task.exception(), ProviderError)
+        call = found.streaming(question())
+        async with call:
+            await anext(call.chunks)
+            silence = call._silence
+            task = asyncio.create_task(anext(call.chunks))  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            silence._since -= 1
+            silence._look()  # too late, and in the same moment somebody cancels
+            task.cancel()
+            await asyncio.wait({task})
+            assert task.cancelled()
+        at_rest(found)
+
+    run(body())
+
+
 def test_tool_calls_are_put_together() -> None:
     async def body() -> None:
         deltas = [
@@ -839,3 +874,54 @@ def test_providers_as_the_settings_name_them(tmp_path: Path) -> None:
         await made.aclose()
 
     run(body())
+
+
+def test_over_the_real_wire() -> None:
+    """A provider of each dialect on a real server, and everything that can fail: the other one answers, unseen; after the first piece
+    of a stream the failure is said."""
+    from mist.testing.providers import FaultName, run_providers
+    from mist.tools.infermux.settings import ProviderSettings, RoutingSettings
+
+    with run_providers() as there:
+        one = ProviderSettings(
+            name="one",
+            type="openai",
+            base_url=there.openai_url,
+            api_key_env="KEY",
+            models=("gpt-4o-mini",),
+            timeout=0.3,
+        )
+        two = ProviderSettings(
+            name="two", type="anthropic", base_url=there.anthropic_url, api_key_env="KEY", models=("claude-haiku",)
+        )
+        settings = InferMuxSettings(
+            providers=(one, two), groups=(GroupSettings(name="g", models=("gpt-4o-mini", "claude-haiku")),),
+            routing=RoutingSettings(retries=0, slow_start=Duration("0")), breaker=BreakerSettings(failures_max=100),
+        )  # fmt: skip
+
+        async def body() -> None:
+            found = Router.from_settings(settings, env={"KEY": there.api_key})
+            kinds_of: dict[FaultName, str] = {
+                "rate_limited": "rate_limited", "server": "server", "overloaded": "overloaded", "slow_headers": "timeout",
+                "bad_json": "bad_answer", "hang_up": "connection", "html": "overloaded",
+            }  # fmt: skip
+            for fault, kind in kinds_of.items():
+                there.fail(fault, model="gpt-4o-mini")
+                routed = await found.complete(question(model="g"))
+                assert (routed.provider, routed.reply.content) == ("two", "Hello from claude-haiku."), fault
+                assert [a.kind for a in routed.attempts] == [kind, ""]
+            for fault in ("truncated", "error_in_stream", "slow_chunks"):
+                there.fail(fault, model="gpt-4o-mini")
+                with pytest.raises(ProviderError) as failed:
+                    await read(found, question(model="g"))
+                assert failed.value.begun, fault
+            there.fail("credentials", model="gpt-4o-mini")
+            for attempts in (["credentials", ""], [""]):  # its circuit is open
+                assert [a.kind for a in (await found.complete(question(model="g"))).attempts] == attempts
+            found.circuit("one", "reset")
+            call = await read(found, question(model="g"))
+            assert call.routed().reply.content == "Hello from gpt-4o-mini."
+            at_rest(found)
+            await found.aclose()
+
+        run(body())
