@@ -37,7 +37,7 @@ SPANS = subject_for(TRACE_SPAN, SOURCE)
 PENDING_MAX = 10_000
 PENDING_BYTES_MAX = 32 * 1024 * 1024
 """For each of the two streams."""
-LINGER_S = 0.02
+LINGER_S = 0.1
 """How long a record waits for others to share its append."""
 DRAIN_S = 5.0
 Say = Callable[[str], None]
