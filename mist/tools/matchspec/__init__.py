@@ -1,6 +1,7 @@
-"""MatchSpec, first slice: suites of samples, recorded answers, three graders, and runs that live in a stream.
+"""MatchSpec: suites of samples, who answers them, graders, and runs that live in a stream.
 
-`suite` and `gsm8k` load what is to be graded, `graders` and `numbers` decide, `run` publishes one `eval.result` per
-sample and goes on where it stopped, `results` reads runs back and compares them. No inference, judges, weights,
-repeats or HTTP in this slice.
+load, data, specs     suites, harnesses and data from files          grading, graders    an output to a verdict
+suite                 what a suite is, and what none may be           models, asking      who answers, and how it is asked
+run, recorded         running, and going on from the stream           results, manifest   what a run leaves, read back
+derive                fork, replay, rescore; what is left; history    reducers            one score out of repeats
 """
