@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mist.broker.base import Stream
     from mist.tools.matchspec.results import Run
 
-app = noun("Evals: run a suite, list and compare runs, replay their results.")
+app = noun("Evals: run suites, judge and compare runs, make runs of runs.")
 app.command()(run)
 
 
