@@ -36,7 +36,7 @@ from mist.tools.matchspec.run import run_suite
 from mist.tools.matchspec.suite import Harness, Infer, Recorded, Suite, suite_of
 
 from .campaign import Report, Trial, named
-from .child import Args, opened, stopping
+from .child import Args, opened, patiently, stopping
 from .processes import Child, ChildFailed, Nursery
 from .sites import Site, site
 
@@ -178,7 +178,7 @@ async def _count_calls(trial: Trial, broker: Broker, calls: Path, asked: int, ov
     if len(counted) != asked:
         trial.fail(f"{len(counted)} of {asked} questions were asked")
     if over_stream:
-        records = [r async for r in _all(await broker.open("infer"), INFER_REQUEST)]
+        records = [r async for r in _all(await broker.open("infer-requests"), INFER_REQUEST)]
         if repeated or len(records) != asked:
             trial.fail(
                 f"over the stream {len(repeated)} questions were asked twice, {len(records)} lie there for {asked}"
@@ -283,7 +283,8 @@ async def answerer(args: Args) -> None:
     """Answers the questions on the stream of answers, each record once, until asked to end."""
     answers = Answers(Path(args["data"]), Path(args["calls"]))
     async with AsyncExitStack() as stack:
-        _, stream = await opened(stack, {**args, "stream": "infer"})
+        broker, stream = await opened(stack, {**args, "stream": "infer-requests"})
+        into = await patiently(lambda: broker.open("infer"))
         after = 0
         while not stopping().is_set():
             try:
@@ -293,5 +294,5 @@ async def answerer(args: Args) -> None:
                     raise
                 continue
             found = [await answers(decode(record.data)) for record in page.records]
-            await stream.append([Message(INFER_RESPONSE, encode(env), env.id) for env in found])
+            await into.append([Message(INFER_RESPONSE, encode(env), env.id) for env in found])
             after = page.scanned

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from mist.errors import Malformed
+from mist.errors import Malformed, TransportError
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE
 from mist.tools.matchspec.suite import Harness, Infer, Sample
@@ -50,8 +50,8 @@ class Answer(Struct, frozen=True, kw_only=True):
     recalled: bool = False
 
 
-class Response(Struct, frozen=True, kw_only=True):
-    """The keys of `infer.response` that are read here. An absent count is unknown, which is not zero."""
+class Response(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The keys of `infer.response` that are read here. `error` says why there is no answer. An absent count is unknown, which is not zero."""
 
     content: str
     model: str = ""
@@ -61,6 +61,8 @@ class Response(Struct, frozen=True, kw_only=True):
     cost_usd: float | None = None
     latency_ms: float | None = None
     finish_reason: str = ""
+    error: str = ""
+    error_code: str = ""
 
 
 def request_id(run: str, harness: str, key: str, epoch: int, attempt: int = 0) -> str:
@@ -128,7 +130,8 @@ _response = msgspec.json.Decoder(Response).decode
 
 
 def read_answer(env: Envelope, *, latency_ms: float | None = None, recalled: bool = False) -> Answer:
-    """Raises Malformed for an envelope that is no answer, or states numbers that cannot be."""
+    """Raises Malformed for an envelope that is no answer, or states numbers that cannot be, and TransportError for an
+    answer that is an error."""
     if env.type != INFER_RESPONSE:
         raise Malformed(f"envelope {env.id}: expected {INFER_RESPONSE}, got {env.type}")
     return answer_of(env.payload, env.id, env.correlation_id, env.traceparent, latency_ms=latency_ms, recalled=recalled)
@@ -147,6 +150,10 @@ def answer_of(
         found = _response(payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise Malformed(f"envelope {id}: not the payload of an answer: {exc}") from exc
+    if found.error:
+        told = f"{found.error_code}: {found.error}" if found.error_code else found.error
+        # whoever answers with an error has given up: what may pass is not answered but tried again over there
+        raise TransportError(told, retryable=False, meta={"error_code": found.error_code})
     counts = (found.tokens_in, found.tokens_out, found.cost_usd, found.latency_ms)
     if any(n is not None and not 0 <= n < math.inf for n in counts):
         raise Malformed(f"envelope {id}: an answer with impossible counts: {counts}")

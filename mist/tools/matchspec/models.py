@@ -4,7 +4,7 @@
 `infer.response` envelope. `records` says whether whoever answers stores question and answer in the stream of answers
 itself; where not, the runner does.
 
-    infer    over a broker stream    the question is published under its own id and answered by whoever consumes it;
+    infer    over a broker           the question is published under its own id and answered by whoever consumes it;
                                      the answer is the first `infer.response` with its correlation_id
              over http(s)            POST /mist
              callable                handed in by the program
@@ -85,25 +85,31 @@ def at_once(harness: Harness) -> Callable[[Sample], Answer | str | None] | None:
 
 
 def answerer(
-    harness: Harness, *, ask: Ask | None, stream: Stream, after: int, asked: Callable[[str], bool]
+    harness: Harness,
+    *,
+    ask: Ask | None,
+    questions: Stream | None,
+    answers: Stream,
+    after: int,
+    asked: Callable[[str], bool],
 ) -> Answerer:
-    """Ready to be asked. `stream`: where questions go that go over a broker, `after`: from where on their answers are looked
-    for, `asked`: whether a question lies there already. Raises InvalidArgument, NotFound, NotAuthorised, Unsupported."""
+    """Ready to be asked. Over a broker: questions go to the one stream, their answers are looked for on the other, behind
+    `after`; `asked` says whether a question was put before. Raises InvalidArgument, NotFound, NotAuthorised, Unsupported."""
     model = harness.model
     match model:
+        case Infer() if questions is not None:
+            return _OverBroker(questions, answers, after, asked)
         case Infer(url="") if ask is not None:
             return _Callable(ask)
-        case Infer(url=url) if urlsplit(url).scheme in ("http", "https"):
+        case Infer(url=url) if url:
             return _OverHttp(url)
-        case Infer():
-            return _OverBroker(stream, after, asked)
         case Http():
             return _Endpoint(model, harness.label)
         case Command():
             return _Program(model, harness.label)
         case Python():
             return _Function(model, harness.label)
-    raise InvalidArgument(f"harness {harness.name}: nobody has to be asked")
+    raise InvalidArgument(f"harness {harness.name}: nobody has to be asked, or nobody can be")
 
 
 class _Callable:
@@ -120,12 +126,13 @@ class _Callable:
 
 
 class _OverBroker:
-    """Questions on a stream, answers from it. One task follows the answers for all who wait."""
+    """Questions on one stream, answers from another. One task follows the answers for all who wait."""
 
     records = True
 
-    def __init__(self, stream: Stream, after: int, asked: Callable[[str], bool]) -> None:
-        self._stream = stream
+    def __init__(self, questions: Stream, answers: Stream, after: int, asked: Callable[[str], bool]) -> None:
+        self._questions = questions
+        self._answers = answers
         self._after = after
         self._asked = asked
         self._waiting: dict[str, asyncio.Future[Envelope]] = {}
@@ -139,8 +146,8 @@ class _OverBroker:
             if self._following is None or self._following.done():
                 self._following = asyncio.create_task(self._follow())
             if not self._asked(q.id):
-                message = to_message(q.request, size_bytes_max=self._stream.size_bytes_max)
-                await again(lambda: self._stream.append([message]))
+                message = to_message(q.request, size_bytes_max=self._questions.size_bytes_max)
+                await again(lambda: self._questions.append([message]))
             return await asyncio.shield(future)
         finally:
             self._waiting.pop(q.id, None)
@@ -149,7 +156,7 @@ class _OverBroker:
         try:
             while True:
                 page = await again(
-                    lambda: self._stream.read(after=self._after, subjects=ANSWERS, limit=1000, wait_s=5.0)
+                    lambda: self._answers.read(after=self._after, subjects=ANSWERS, limit=1000, wait_s=5.0)
                 )
                 for record in page.records:
                     try:
@@ -163,7 +170,7 @@ class _OverBroker:
         except MistError as exc:
             for waiter in self._waiting.values():
                 if not waiter.done():
-                    error = Unavailable(f"the answers on stream {self._stream.name} cannot be read: {exc}")
+                    error = Unavailable(f"the answers on stream {self._answers.name} cannot be read: {exc}")
                     error.__cause__ = exc
                     waiter.set_exception(error)
 

@@ -79,25 +79,22 @@ class Recalled:
     def __len__(self) -> int:
         return len(self._answers)
 
-    async def load(self, after: int) -> int:
-        """Read up to the present end; the position reached. Records that are no envelopes are nobody's answers; where the
+    async def load(self, after: int, *, stream: Stream | None = None) -> int:
+        """Read up to the present end (of another stream, where questions lie); the position reached. Records that are no envelopes are nobody's answers; where the
         oldest are gone, those that are kept still count."""
         while True:
             try:
-                page = await self._page(after)
+                page = await _page(stream or self.stream, after)
             except SequenceExpired as exc:
                 after = exc.first - 1
                 continue
             for record in page.records:
-                self._note(record)
+                self._note(record, answers=stream is None)
             after = page.scanned
             if after >= page.last:
                 return after
 
-    async def _page(self, after: int) -> Page:
-        return await again(lambda: self.stream.read(after=after, subjects=SUBJECTS, limit=PAGE))
-
-    def _note(self, record: Record) -> None:
+    def _note(self, record: Record, *, answers: bool) -> None:
         try:
             if record.headers:
                 env = decode_record(record)
@@ -106,7 +103,7 @@ class Recalled:
                 told = _told(record.data)
         except (MistError, msgspec.DecodeError, UnicodeDecodeError):
             return
-        if told.type == INFER_RESPONSE and told.correlation_id:
+        if told.type == INFER_RESPONSE and told.correlation_id and answers:
             self._answers.put(_number(told.correlation_id), record)
         elif told.type == INFER_REQUEST:
             self._asked.add(_number(told.id))
@@ -119,7 +116,8 @@ class Recalled:
         return _number(id) in self._answers
 
     async def get(self, id: str) -> Answer | None:
-        """The first answer to the question of this id. Raises Malformed when that cannot be read."""
+        """The first answer to the question of this id. Raises Malformed when that cannot be read, TransportError when it
+        is an error."""
         record = await self._answers.get(_number(id))
         if record is None:
             return None
@@ -127,6 +125,10 @@ class Recalled:
         if env.correlation_id != id:
             return None
         return answer_of(env.payload, env.id, env.correlation_id, env.traceparent, recalled=True)
+
+
+async def _page(stream: Stream, after: int) -> Page:
+    return await again(lambda: stream.read(after=after, subjects=SUBJECTS, limit=PAGE))
 
 
 def _number(id: str) -> int:

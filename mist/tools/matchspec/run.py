@@ -44,7 +44,7 @@ from mist.kit.waiting import sleep_unless
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import EVAL_RESULT, EVAL_RUN
 from mist.protocol.subject import check_name, encode_token
-from mist.protocol.url import parse_url
+from mist.protocol.url import Url, parse_url
 from mist.tools.matchspec.asking import SOURCE, Answer, Ask, question, read_answer, request_id
 from mist.tools.matchspec.judging import Judge
 from mist.tools.matchspec.manifest import differences, manifest_for, manifest_message
@@ -69,8 +69,13 @@ from mist.transport.stream import open_place
 BATCH = 512
 BATCH_BYTES_MAX = 4 * 1024 * 1024
 INFER_STREAM = "infer"
+QUESTIONS_STREAM = "infer-requests"
 CURSOR_EVERY_S = 0.5
+ANSWERS = "answers"
+"""In the URL of a broker, the stream on which the questions of `stream` are answered."""
 RETRY_WAIT_S_MAX = 60.0
+LOOKED_FOR = 32
+"""How many attempts of another run's question a replay looks for an answer to."""
 CLOCKS_APART_S = 3600
 """How far the clocks of two brokers may be apart: from so long before the run's begin answers are looked for."""
 
@@ -144,6 +149,7 @@ async def run_suite(
     baseline: str = "",
     retry_errors: bool = False,
     infer_stream: str = INFER_STREAM,
+    questions_stream: str = QUESTIONS_STREAM,
     collect: bool = True,
     clock: Callable[[], float] = time.monotonic,
     draw: Callable[[], float] = random.random,
@@ -151,14 +157,15 @@ async def run_suite(
     """Begin the run or go on with it, until it is complete, `stop` is set, or a limit is reached.
 
     `rate`: at most so many samples a second (0 = no limit). `ask`: who answers `infer` models without a URL; without it
-    their questions go over `infer_stream` of this broker. `parent`: where a new run comes from (`derive.py` makes it).
+    their questions go to `questions_stream` of this broker, and are answered on `infer_stream`, which also keeps
+    what others answer. `parent`: where a new run comes from (`derive.py` makes it).
     `baseline`: the run whose scores results are compared with. `retry_errors`: run the samples again whose result is an
     error; the old result stays until a new one is none. `collect` False leaves the outcome's `run.results` empty, so that
     a run of any size takes the same memory. Raises Conflict when the run exists for another suite.
     """
     runner = Runner(
         broker, stream, suite, run, stop=stop, rate=rate, batch=batch, on_progress=on_progress, ask=ask, limits=limits,
-        prices=prices, retry_errors=retry_errors, infer_stream=infer_stream, clock=clock, draw=draw,
+        prices=prices, retry_errors=retry_errors, infer_stream=infer_stream, questions_stream=questions_stream, clock=clock, draw=draw,
     )  # fmt: skip
     await runner.begin(parent, baseline)
     await runner.go()
@@ -191,6 +198,7 @@ class Runner:
         prices: Prices | None = None,
         retry_errors: bool = False,
         infer_stream: str = INFER_STREAM,
+        questions_stream: str = QUESTIONS_STREAM,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
@@ -212,6 +220,7 @@ class Runner:
         self._limits = limits or Limits()
         self._retry_errors = retry_errors
         self._infer_stream = infer_stream
+        self._questions_stream = questions_stream
         self._began = self._cursor_at = clock()
         self._last = 0
         self._subject = result_subject(run)
@@ -440,30 +449,39 @@ class Runner:
     async def _asker(self, harness: Harness, stack: AsyncExitStack) -> _Asker:
         manifest = self.head.manifest
         model = harness.model
-        after = manifest.infer_after
-        if isinstance(model, Infer) and model.url and not model.url.startswith(("http:", "https:")):
-            place = await open_place(parse_url(model.url))
-            stack.push_async_callback(place.broker.aclose)
-            opened = place.stream
-            began_ns = self.head.timestamp_ns - CLOCKS_APART_S * 1_000_000_000
-            after = max(0, await again(lambda: opened.locate(began_ns)) - 1)
-        else:
-            opened = await again(lambda: self.broker.open(manifest.infer_stream or self._infer_stream))
+        after, began_ns = manifest.infer_after, self.head.timestamp_ns
         names = [self.run]
         if manifest.parent is not None and manifest.parent.how == "replay":
-            names += [name for name, _ in reversed(self.head.ancestors)]
-            for name in names[1:]:
+            for name, _ in reversed(self.head.ancestors):
                 elder = await read_head(self.stream, name)
-                after = min(after, elder.manifest.infer_after)
-        recalled = Recalled(opened)
-        if self.resumed_after is not None or len(names) > 1:
-            after_now = await recalled.load(after)
+                after, began_ns = min(after, elder.manifest.infer_after), min(began_ns, elder.timestamp_ns)
+                names.append(name)
+        answers_name = manifest.infer_stream or self._infer_stream
+        questions: Stream | None = None
+        if isinstance(model, Infer) and model.url and not model.url.startswith(("http:", "https:")):
+            url = parse_url(model.url)
+            place = await open_place(Url(url.scheme, url.target, tuple(q for q in url.query if q[0] != ANSWERS)))
+            stack.push_async_callback(place.broker.aclose)
+            questions = place.stream
+            opened = await place.broker.open(url.get(ANSWERS, answers_name))
+            began_ns -= CLOCKS_APART_S * 1_000_000_000
+            after = await again(lambda: opened.locate(began_ns)) - 1
         else:
-            after_now = after
+            opened = await again(lambda: self.broker.open(answers_name))
+            if isinstance(model, Infer) and not model.url and self._ask is None:
+                questions = await again(lambda: self.broker.open(self._questions_stream))
+        recalled = Recalled(opened)
         offline = len(names) > 1
+        if self.resumed_after is not None or offline:
+            after = await recalled.load(after)
+            if questions is not None:
+                asked = questions
+                await recalled.load(await again(lambda: asked.locate(began_ns)) - 1, stream=asked)
         who = None
         if not offline:
-            who = answerer(harness, ask=self._ask, stream=opened, after=after_now, asked=recalled.asked)
+            who = answerer(
+                harness, ask=self._ask, questions=questions, answers=opened, after=after, asked=recalled.asked
+            )
             stack.push_async_callback(who.aclose)
         answers = await stack.enter_async_context(_publishing(opened, harness))
         return _Asker(self, harness, who, recalled, answers, names)
@@ -564,35 +582,42 @@ class _Asker:
         before = runner.counting.errors.get(slot)
         # a question that ended in an error is asked anew under a new id, unless its answer came after all
         offset = before.result.attempts if before is not None and before.result.error_kind != "grader" else 0
-        answer, offset = await self._recall(key, epoch, offset)
         attempts = 0
-        if answer is None:
-            try:
+        try:
+            answer, offset = await self._recall(key, epoch, offset)
+            if answer is None:
                 answer, attempts = await self._asked(sample, key, epoch, offset)
-            except _Failed as failed:
-                return judge.error(
-                    sample, key, index, epoch, failed.told, failed.kind, attempts=offset + failed.attempts,
-                    request_id=failed.request_id,
-                )  # fmt: skip
-        else:
-            runner.recalled += 1
+            else:
+                runner.recalled += 1
+        except _Failed as failed:
+            return judge.error(
+                sample, key, index, epoch, failed.told, failed.kind, attempts=offset + failed.attempts,
+                request_id=failed.request_id,
+            )  # fmt: skip
         result = await judge.asking(sample, self._priced(answer), key, index, epoch, timeout_s=self._harness.timeout_s)
         return msgspec.structs.replace(result, attempts=offset + attempts) if offset + attempts > 1 else result
 
     async def _recall(self, key: str, epoch: int, offset: int) -> tuple[Answer | None, int]:
         """The answer that is there, and the number of the next attempt. A question that was put in vain before an error is
         not waited for again."""
+        error: _Failed | None = None
         for name in self._names:
             attempt = 0
             while True:
                 id = request_id(name, self._harness.name, key, epoch, attempt)
                 if self._recalled.has(id):
-                    return await self._recalled.get(id), attempt
-                if attempt >= max(offset, self._harness.retries) and not self._recalled.asked(id):
+                    try:
+                        return await self._recalled.get(id), attempt
+                    except MistError as exc:
+                        error = error or _Failed(exc.message, "model", attempt + 1, id)
+                least = max(offset, self._harness.retries, LOOKED_FOR if self._who is None else 0)
+                if attempt >= least and not self._recalled.asked(id):
                     break
                 attempt += 1
             if offset:
                 offset = max(offset, attempt)
+        if error is not None and not offset:
+            raise error  # an answer that is an error counts until errors are tried again
         return None, offset
 
     async def _asked(self, sample: Sample, key: str, epoch: int, offset: int) -> tuple[Answer, int]:

@@ -60,8 +60,9 @@ class Recorded(Struct, frozen=True, kw_only=True, tag_field="type", tag="recorde
 
 
 class Infer(Struct, frozen=True, kw_only=True, tag_field="type", tag="infer"):
-    """Asked through `infer.request` envelopes: over a broker (`url` of one, and its stream), over HTTP (`http(s)://…`, to
-    `/mist`), or, with no `url`, the callable that the program hands in."""
+    """Asked through `infer.request` envelopes: over a broker (`BROKER?stream=infer-requests&answers=infer`), over HTTP
+    (`http(s)://…`, to `/mist`), or, with no `url`, the callable that the program hands in; without one, over the run's
+    own broker."""
 
     model: str = "auto"
     provider: str = ""

@@ -15,10 +15,12 @@ from mist.broker.base import Broker, Message
 from mist.client.handler import Handler
 from mist.errors import Ambiguous, Conflict, InvalidArgument, RateLimited, TransportError, Unavailable
 from mist.kit.prices import Price, Prices
-from mist.protocol.codec import decode
+from mist.protocol.codec import decode, encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE
+from mist.tools.matchspec.derive import replay
 from mist.tools.matchspec.grading import GradeInput, Verdict
+from mist.tools.matchspec.manifest import manifest_message
 from mist.tools.matchspec.results import Result, Run
 from mist.tools.matchspec.run import Limits, Outcome, run_suite
 from mist.tools.matchspec.suite import Infer, Python, Recorded, Suite, suite_of
@@ -139,8 +141,6 @@ def test_a_question_that_lies_on_the_stream_is_not_asked_again() -> None:
             await broker.delete("eval")
             stream = await broker.open("eval")
             manifest = first.run.manifest
-            from mist.tools.matchspec.manifest import manifest_message
-
             await stream.append([manifest_message(manifest)])
             again = await go(broker, asking(5), ask=oracle)
             assert (again.calls, again.recalled, again.ran, oracle.calls) == (0, 5, 5, 5)
@@ -149,41 +149,77 @@ def test_a_question_that_lies_on_the_stream_is_not_asked_again() -> None:
     run(body())
 
 
+async def serve(broker: Broker, oracle: Oracle) -> None:
+    """Answers what lies on `infer-requests` into `infer`, each once; what the oracle refuses is answered with an error."""
+
+    async def answer(request: Envelope) -> list[Envelope]:
+        try:
+            return [await oracle(request)]
+        except TransportError as exc:
+            payload = {"content": "", "error": exc.message, "error_code": "invalid", "finish_reason": "error"}
+            return [Envelope.new(INFER_RESPONSE, payload, source="oracle")]
+
+    handler = Handler("oracle", answer, accepts=(INFER_REQUEST,))
+    questions, answers = await broker.open("infer-requests"), await broker.open("infer")
+    after = 0
+    while True:
+        page = await questions.read(after=after, wait_s=1.0)
+        for record in page.records:
+            for out in await handler(decode(record.data)):
+                await answers.append([Message(INFER_RESPONSE, encode(out), out.id)])
+        after = page.scanned
+
+
 def test_over_a_broker_a_question_is_published_once_and_its_answer_waited_for() -> None:
-    """A handler over a consumer answers; a runner that was killed with its questions out finds their answers."""
+    """A runner that was killed with its questions out finds their answers."""
 
     async def body() -> None:
         async with mist.connect("memory:") as broker:
             oracle = Oracle()
             suite = asking(6, timeout_s=20.0)
             running = asyncio.create_task(go(broker, suite))
-            stream = await broker.open("infer")
+            stream = await broker.open("infer-requests")
             while (await stream.info()).records < 4:
                 await asyncio.sleep(0.001)
             running.cancel()
             await asyncio.wait({running})
             assert oracle.calls == 0
-
-            async def answer(request: Envelope) -> list[Envelope]:
-                return [await oracle(request)]
-
-            handler = Handler("oracle", answer, accepts=(INFER_REQUEST,))
-
-            async def serve() -> None:
-                after = 0
-                while True:
-                    page = await stream.read(after=after, subjects=(INFER_REQUEST,), wait_s=1.0)
-                    for record in page.records:
-                        for out in await handler(decode(record.data)):
-                            await stream.append([Message(INFER_RESPONSE, mist.protocol.codec.encode(out), out.id)])
-                    after = page.scanned
-
-            serving = asyncio.create_task(serve())
+            serving = asyncio.create_task(serve(broker, oracle))
             done = await go(broker, suite)
             serving.cancel()
             await asyncio.wait({serving})
             assert (oracle.calls, max(oracle.asked.values()), done.calls) == (6, 1, 2)
             assert all(s.result.passed for s in done.run.results)
+
+    run(body())
+
+
+def test_an_answer_that_is_an_error_is_one_and_is_asked_for_anew_under_another_id() -> None:
+    """It is not an empty text to be graded; going on asks nobody; with retry_errors it is another question."""
+
+    async def body() -> None:
+        async with mist.connect("memory:") as broker:
+            oracle = Oracle()
+            oracle.failing = {"2": [TransportError("no such model")]}
+            serving = asyncio.create_task(serve(broker, oracle))
+            first = await go(broker, asking(3, retries=2))
+            assert [s.result.error for s in first.run.results] == ["", "invalid: no such model", ""]
+            assert (await go(broker, asking(3, retries=2))).calls == 0
+            # the result is lost, the answer is not
+            await broker.delete("eval")
+            await (await broker.open("eval")).append([manifest_message(first.run.manifest)])
+            second = await go(broker, asking(3, retries=2))
+            assert (second.calls, report(second.run)[1].error) == (0, "invalid: no such model")
+            third = await go(broker, asking(3, retries=2), retry_errors=True)
+            assert (third.calls, third.run.info.errors, oracle.asked["2"]) == (1, 0, 2)
+            again = await replay(
+                broker, await broker.open("eval"), asking(3, retries=2), source="r", after=0, run="again"
+            )
+            assert [(r.task, r.error, r.output) for r in report(again.run)] == [
+                (r.task, r.error, r.output) for r in report(third.run)
+            ]
+            serving.cancel()
+            await asyncio.wait({serving})
 
     run(body())
 

@@ -16,6 +16,7 @@ from aiohttp import web
 from conftest import run
 
 import mist
+from mist.broker.base import Stream
 from mist.errors import InvalidArgument, Malformed, MistError, NotAuthorised, NotFound
 from mist.protocol.codec import decode, encode
 from mist.protocol.envelope import Envelope
@@ -35,7 +36,7 @@ async def asked(model: ModelSpec, **settings: Any) -> str:
     """What it answers to the sample."""
     async with mist.connect("memory:") as broker:
         h = harness(model, **settings)
-        who = answerer(h, ask=None, stream=await broker.open("infer"), after=0, asked=lambda id: False)
+        who = answerer(h, ask=None, questions=None, answers=await broker.open("infer"), after=0, asked=lambda id: False)
         try:
             q = question("r", h, SAMPLE, "k", 1, seed=None)
             env = await who.ask(q)
@@ -245,12 +246,17 @@ def test_every_answerer_has_the_shape() -> None:
     async def body() -> None:
         async with mist.connect("memory:") as broker:
             stream = await broker.open("infer")
-            found: list[Answerer] = [
-                answerer(harness(m), ask=None, stream=stream, after=0, asked=lambda id: False)
-                for m in (Infer(), Infer(url="http://x"), Http(endpoint="http://x"), Command(command=("x",)))
-            ]
-            assert [who.records for who in found] == [True, False, False, False]
-            with pytest.raises(InvalidArgument):
-                answerer(harness(Echo()), ask=None, stream=stream, after=0, asked=lambda id: False)
+
+            def made(model: ModelSpec, questions: Stream | None = None) -> Answerer:
+                return answerer(
+                    harness(model), ask=None, questions=questions, answers=stream, after=0, asked=lambda id: False
+                )
+
+            assert made(Infer(), stream).records
+            for model in (Infer(url="http://x"), Http(endpoint="http://x"), Command(command=("x",))):
+                assert not made(model).records
+            for nobody in (Echo(), Infer()):
+                with pytest.raises(InvalidArgument):
+                    made(nobody)
 
     run(body())
