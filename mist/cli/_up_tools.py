@@ -212,6 +212,7 @@ def infermux(
     from mist.tools.infermux.budgets import Ledger
     from mist.tools.infermux.calls import SPAN
     from mist.tools.infermux.handler import answered, handler
+    from mist.tools.infermux.reconcile import reconcile
     from mist.tools.infermux.router import Router
     from mist.tools.infermux.service import InferMux, watch
 
@@ -231,6 +232,19 @@ def infermux(
             config=ConsumerConfig(subjects=ASKED), drain_s=float(settings.drain),
             report=lambda error, id: platform.say(f"request {id}: {error}"),
         )  # fmt: skip
+
+    async def settle(platform: Platform, ledger: Ledger) -> None:
+        """What a router that died had reserved, as far as the record says what it cost. What is not done now is done at the
+        next start."""
+        try:
+            settled = await reconcile(ledger, platform.broker, settings.stream)
+        except MistError as exc:
+            if not exc.retryable:
+                raise
+            platform.say(f"reservations of a router that died stay as they are for now: {exc}")
+        else:
+            if settled:
+                platform.say(f"{settled} reservations of a router that died are settled by the record")
 
     async def run(platform: Platform) -> None:
         trace = await platform.stream()
@@ -260,8 +274,10 @@ def infermux(
                     group.create_task(_away(platform, lambda: requests(platform, service)))
                 if tokentrace:
                     group.create_task(_away(platform, lambda: _forward(platform, trace, tokentrace)))
+                settling = group.create_task(settle(platform, ledger))
                 platform.ready.set()
                 await platform.stop.wait()
+                settling.cancel()
         except* MistError as found:
             raise found.exceptions[0] from None
         finally:

@@ -16,12 +16,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from msgspec import Struct
 
 from mist.errors import CircuitOpen, Closed, EndOfStream, InvalidArgument, MistError
-from mist.kit.metrics import Metrics
+
+if TYPE_CHECKING:  # settings name a policy, and every command reads settings: they need no HTTP server for that
+    from mist.kit.metrics import Metrics
 
 T = TypeVar("T")
 State = Literal["closed", "open", "half-open"]

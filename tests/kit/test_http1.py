@@ -48,11 +48,14 @@ class _Echo(Exchange):
         if len(self.body) > self.door.size_max + 10:
             raise TooLarge("body", size_bytes=len(self.body), size_bytes_max=self.door.size_max)
 
-    def end(self, respond: Respond) -> None:
+    def end(self, respond: Respond) -> bytes | None:
+        if self.body.endswith(b"for the app"):
+            return self.body
         if self.door.hold:
             self.door.held.append(lambda: respond(200, self.body, []))
         else:
             respond(200, self.body, [])
+        return None
 
     def left(self) -> None:
         assert not self.gone
@@ -169,6 +172,33 @@ async def answer(reader: asyncio.StreamReader, *, head: bool = False) -> tuple[i
 
 def post(path: str, body: bytes, more: bytes = b"") -> bytes:
     return b"POST %s HTTP/1.1\r\n%s%scontent-length: %d\r\n\r\n%s" % (path.encode(), HOST, more, len(body), body)
+
+
+def test_a_door_gives_a_request_to_the_app() -> None:
+    """With its whole body and query, in its place among pipelined ones; the connection goes on."""
+
+    async def body() -> None:
+        async with serving() as (app, connect):
+            reader, writer = await connect()
+            given = b"POST /door?a=1 HTTP/1.1\r\n" + HOST + b"content-length: 11\r\n\r\nfor the app"
+            plain = b"POST /door HTTP/1.1\r\n" + HOST + b"content-length: 2\r\n\r\nhi"
+            app.door.hold = True
+            writer.write(plain + given)
+            while not app.door.held:
+                await asyncio.sleep(0)
+            app.door.hold = False
+            app.door.held.pop()()
+            writer.write(plain)
+            answers = b""
+            while answers.count(b"POST ") < 3:
+                answers += await reader.read(65536)
+            assert [a.rpartition(b"\r\n\r\n")[2] for a in answers.split(b"HTTP/1.1 200 OK")[1:]] == [
+                b"POST hi", b"app POST for the app", b"POST hi",
+            ]  # fmt: skip
+            assert app.heard == ["POST /door?a=1"]
+            assert app.door.inside == 0
+
+    run(body())
 
 
 def test_keep_alive_and_pipelining_in_order() -> None:

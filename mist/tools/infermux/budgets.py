@@ -156,12 +156,13 @@ class Ledger:
 
         def work() -> Ledger:
             books = Books.open(path)
+            owner = new_id()
+            lock = FileLock(_owners(path) / owner)
             try:
-                owner = new_id()
-                lock = FileLock(_owners(path) / owner)
                 lock.acquire()
                 _bury(books, time_ns())
             except BaseException:
+                lock.release()
                 books.close()
                 raise
             return cls(books, lock, owner, on_alert=on_alert, time_ns=time_ns)

@@ -125,7 +125,7 @@ class Call:
             out.append("tools")
         if self.size.pictures:
             out.append("vision")
-        if params.get("response_format", {"type": "text"}) != {"type": "text"}:
+        if (params.get("response_format") or {"type": "text"}) != {"type": "text"}:
             out.append("json")
         return tuple(out)
 
@@ -543,15 +543,23 @@ class Call:
             return
 
     async def _reservation(self) -> Reservation:
+        """One that is free, or another. Raises RateLimited, and what a ledger raises that cannot be written."""
         if self._free:
             return self._free.pop()
         ledger = self.router.ledger
         assert ledger is not None  # noqa: S101 - amounts are only set where there is one
         target = self.route.plan.stages[0].targets[0]
-        return await ledger.reserve(
-            self.request.caller, self._amount, self.budgets, provider=target.provider, model=target.model,
-            request=self.request.id, exempt=self._exempt,
-        )  # fmt: skip
+        limit = asyncio.timeout(max(0.0, self.deadline - self.router.clock()))
+        try:
+            async with limit:
+                return await ledger.reserve(
+                    self.request.caller, self._amount, self.budgets, provider=target.provider, model=target.model,
+                    request=self.request.id, exempt=self._exempt,
+                )  # fmt: skip
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise Unavailable("the ledger did not answer before the deadline", retry_after_s=1.0) from exc
 
     def _pay(
         self, lane: Lane, reservation: Reservation | None, usage: Usage, nano: int | None, *, estimated: bool

@@ -10,8 +10,8 @@ is handed over, billed or attributed. A default that is written out is another q
 are the same is the provider's affair.
 
 `Recordings` are read from a JSON-lines file or from a stream, from a cursor to its end: envelopes `infer.response`, whose
-payload names its question by `request_key`; where it does not, the `infer.request` of its correlation id says it. In a
-file a line may also be a question and its answer together:
+payload names its question by `request_key`; where it does not, the `infer.request` of its correlation id says it. That
+request's `meta.epoch` says which repeat of the question the answer is of. In a file a line may also be a question and its answer together:
 
     {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "2+2?"}], "content": "4"}
 
@@ -107,9 +107,15 @@ def epoch_of(request: ChatRequest) -> int | None:
     text = request.meta.get(EPOCH)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < _EXACT):
+    epoch = _epoch(request.meta)
+    if epoch is None:
         raise InvalidArgument(f"meta.{EPOCH}={text[:40]!r} is no number from 1")
-    return int(text)
+    return epoch
+
+
+def _epoch(meta: Mapping[str, str]) -> int | None:
+    text = meta.get(EPOCH, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 15 and int(text) else None
 
 
 class _Line(InferResponse, frozen=True, omit_defaults=True):
@@ -127,8 +133,8 @@ _store = msgspec.json.Encoder().encode
 
 _SCHEMA = """
 PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-4000;
-CREATE TABLE answer (key BLOB, at INTEGER, id TEXT, answer BLOB, PRIMARY KEY (key, at)) WITHOUT ROWID;
-CREATE TABLE waiting (id TEXT PRIMARY KEY, question BLOB) WITHOUT ROWID;
+CREATE TABLE answer (key BLOB, at INTEGER, epoch INTEGER, id TEXT, answer BLOB, PRIMARY KEY (key, at)) WITHOUT ROWID;
+CREATE TABLE waiting (id TEXT PRIMARY KEY, epoch INTEGER, question BLOB) WITHOUT ROWID;
 """
 
 
@@ -200,27 +206,35 @@ class Recordings:
     def take(self, envelope: Envelope) -> None:
         """Add an envelope; types that are none of ours are passed over. Raises Malformed."""
         if envelope.type == INFER_REQUEST:
-            envelope.decode(InferRequest)
-            self._db.execute("INSERT OR REPLACE INTO waiting VALUES (?, ?)", (envelope.id, bytes(envelope.payload)))
+            asked = envelope.decode(InferRequest)
+            self._db.execute(
+                "INSERT OR REPLACE INTO waiting VALUES (?, ?, ?)",
+                (envelope.id, _epoch(asked.meta), bytes(envelope.payload)),
+            )
         elif envelope.type == INFER_RESPONSE:
             answer = envelope.decode(InferResponse)
             if answer.error_code:  # a question that failed has no answer to give again
                 self.passed_over += 1
                 return
-            keys = [answer.request_key] if answer.request_key else self._keys(envelope.correlation_id, answer)
+            row = self._db.execute(
+                "SELECT epoch, question FROM waiting WHERE id = ?", (envelope.correlation_id,)
+            ).fetchone()
+            keys = [answer.request_key] if answer.request_key else _keys(row, answer)
             if not keys:
                 self.passed_over += 1
             for key in keys:
-                self.add(key, answer, id=envelope.id)
+                self.add(key, answer, id=envelope.id, epoch=row[0] if row is not None else None)
 
-    def add(self, key: str, answer: InferResponse, *, id: str = "") -> None:
-        """One more answer to a question. One with an `id` that the question has already is passed over."""
+    def add(self, key: str, answer: InferResponse, *, id: str = "", epoch: int | None = None) -> None:
+        """One more answer to a question, of that epoch; without one, of the next. One with an `id` that the question has
+        already is passed over."""
         raw = _raw(key)
         last, known = self._db.execute(
             "SELECT max(at), max(id = ? AND id != '') FROM answer WHERE key = ?", (id, raw)
         ).fetchone()
         if not known:
-            self._db.execute("INSERT INTO answer VALUES (?, ?, ?, ?)", (raw, (last or 0) + 1, id, _store(answer)))
+            at = (last or 0) + 1
+            self._db.execute("INSERT INTO answer VALUES (?, ?, ?, ?, ?)", (raw, at, epoch or at, id, _store(answer)))
             self.answers += 1
 
     def count(self, key: str) -> int:
@@ -228,16 +242,17 @@ class Recordings:
         return self._count(_raw(key))
 
     def find(self, key: str, *, epoch: int | None = None) -> Reply | None:
-        """The answer of that epoch: the first one recorded for epoch 1, None for more epochs than there are. Without an
-        epoch the answers are handed out in the order they were recorded, the next one each time the question is asked
-        here, and begin anew after the last."""
+        """The first answer recorded for that epoch, None where there is none. Without an epoch the answers are handed out in
+        the order they were recorded, the next one each time the question is asked here, and begin anew after the last."""
         raw = _raw(key)
-        if epoch is None:
-            epoch = 1
-            count = self._count(raw)
+        if epoch is not None:
+            found = "SELECT answer FROM answer WHERE key = ? AND epoch = ? ORDER BY at LIMIT 1"
+            row = self._db.execute(found, (raw, epoch)).fetchone()
+        else:
+            at, count = 1, self._count(raw)
             if count > 1:
-                epoch = self._handed[raw] = self._handed.get(raw, 0) % count + 1
-        row = self._db.execute("SELECT answer FROM answer WHERE key = ? AND at = ?", (raw, epoch)).fetchone()
+                at = self._handed[raw] = self._handed.get(raw, 0) % count + 1
+            row = self._db.execute("SELECT answer FROM answer WHERE key = ? AND at = ?", (raw, at)).fetchone()
         return None if row is None else _reply(_answered.decode(row[0]))
 
     def close(self) -> None:
@@ -282,14 +297,14 @@ class Recordings:
             key = question_key(answer.model, answer.messages, answer.params)
         self.add(key, InferResponse(*(getattr(answer, name) for name in InferResponse.__struct_fields__)), id=id)
 
-    def _keys(self, id: str, answer: InferResponse) -> list[str]:
-        """Of the question that waits. The model it was asked of and the one that answered may have two names."""
-        row = self._db.execute("SELECT question FROM waiting WHERE id = ?", (id,)).fetchone()
-        if row is None:
-            return []
-        asked = _asked.decode(row[0])
-        models = dict.fromkeys(model for model in (asked.model, answer.model) if model not in ("", "auto"))
-        return [question_key(model, asked.messages or (), asked.params) for model in models]
+
+def _keys(waiting: tuple[int | None, bytes] | None, answer: InferResponse) -> list[str]:
+    """Of the question that waits. The model it was asked of and the one that answered may have two names."""
+    if waiting is None:
+        return []
+    asked = _asked.decode(waiting[1])
+    models = dict.fromkeys(model for model in (asked.model, answer.model) if model not in ("", "auto"))
+    return [question_key(model, asked.messages or (), asked.params) for model in models]
 
 
 async def read_recordings(place: str, *, cursor: str = "") -> Recordings:

@@ -156,7 +156,7 @@ class Streaming:
 
     def _take_tool_call(self, delta: Json) -> None:
         """OpenAI's deltas: the first has id and name, arguments come in pieces."""
-        index = int(delta.get("index", 0))
+        index = int(delta.get("index") or 0)
         call = self._tool_calls.setdefault(
             index, {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
         )

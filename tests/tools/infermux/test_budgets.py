@@ -491,3 +491,36 @@ def test_what_is_no_ledger(tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match=name):
             run(Ledger.open(tmp_path / name))
     assert budgets_module.FLUSH_S > 0
+
+
+def test_recorded_answers_settle_what_a_dead_process_had_reserved(tmp_path: Path) -> None:
+    """One whose answer is recorded costs what it did; one whose cost is unknown, or that failed, stays whole; once is enough."""
+    from mist.broker.registry import connect
+    from mist.client.client import Client
+    from mist.protocol.envelope import Envelope
+    from mist.protocol.payloads import INFER_RESPONSE, InferResponse
+    from mist.tools.infermux.reconcile import reconcile
+
+    async def body() -> None:
+        dead = await Ledger.open(tmp_path / "l.db")
+        for request in ("q1", "q1", "q2", "q3", ""):
+            await dead.reserve(ANN, 10 * CENT, [], provider="p", model="m", request=request)
+        await dead.aclose()  # it leaves without settling, which is all that is seen of a kill
+        ledger = await Ledger.open(tmp_path / "l.db")
+        async with connect("memory:") as broker:
+            assert await reconcile(ledger, broker) == 0
+            async with Client(broker) as client:
+                for request, more in (
+                    ("q1", {"cost_usd": 0.02}), ("q2", {"cost_usd": None}), ("q3", {"cost_usd": 0.0, "error_code": "timeout"}),
+                    ("q9", {"cost_usd": 5.0}),
+                ):  # fmt: skip
+                    answer = InferResponse(model="m", provider="p", **more)  # type: ignore[arg-type]
+                    envelope = Envelope.new(INFER_RESPONSE, answer, source="infermux", correlation_id=request)
+                    await client.publish("infer", envelope)
+            assert await reconcile(ledger, broker) == 2
+            assert await reconcile(ledger, broker) == 0
+        assert await used(ledger, budget(period="total")) == {"": 42 * CENT}
+        assert len(await ledger.orphans()) == 3
+        await ledger.aclose()
+
+    run(body())

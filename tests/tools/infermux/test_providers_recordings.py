@@ -120,9 +120,28 @@ def test_an_epoch_is_read_from_meta() -> None:
             epoch_of(asked(bad))
 
 
-def exchange(text: str, reply: InferResponse, *, id: str, model: str = "m") -> list[Envelope]:
-    request = Envelope.new(INFER_REQUEST, InferRequest(model, "", [WireMessage("user", text)]), source="s", id=id)
+def exchange(text: str, reply: InferResponse, *, id: str, model: str = "m", **asked: Any) -> list[Envelope]:
+    payload = InferRequest(model, "", [WireMessage("user", text)], **asked)
+    request = Envelope.new(INFER_REQUEST, payload, source="s", id=id)
     return [request, Envelope.new(INFER_RESPONSE, reply, source="infermux", id=f"{id}-a", correlation_id=id)]
+
+
+def test_an_answer_is_of_the_epoch_its_question_named() -> None:
+    """In whatever order they came; where every epoch asks with a seed of its own; of two runs the first counts."""
+    with Recordings() as recordings:
+        for run_, epochs in (("a", (3, 1, 2)), ("b", (1, 2, 3))):
+            for epoch in epochs:
+                meta = {"epoch": str(epoch), "run": run_}
+                plain = exchange("q", answer(f"{run_}{epoch}"), id=f"{run_}{epoch}", meta=meta)
+                key = key_of(ask("q", {"seed": epoch}), "m")
+                seeded = exchange("q", answer(f"{run_}{epoch}", request_key=key), id=f"{run_}{epoch}s", meta=meta)
+                for envelope in (*plain, *seeded):
+                    recordings.take(envelope)
+        key = key_of(ask("q"), "m")
+        assert [say(recordings, key, epoch) for epoch in (1, 2, 3, 4)] == ["a1", "a2", "a3", None]
+        assert [say(recordings, key) for _ in range(6)] == ["a3", "a1", "a2", "b1", "b2", "b3"]
+        assert say(recordings, key_of(ask("q", {"seed": 2}), "m"), 2) == "a2"
+        assert say(recordings, key_of(ask("q", {"seed": 2}), "m"), 1) is None
 
 
 def test_answers_are_read_from_a_stream_between_two_positions(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mist.errors import CircuitOpen, InvalidArgument, MistError, NotFound, Overloaded, RateLimited, Refused
+from mist.errors import CircuitOpen, InvalidArgument, MistError, NotFound, Overloaded, RateLimited, Refused, Unavailable
 from mist.kit.prices import Prices, parse_prices
 from mist.tools.infermux.budgets import Ledger
 from mist.tools.infermux.chat import Caller, ChatMessage, ChatRequest, Chunk, Reply, Usage
@@ -667,6 +667,30 @@ def test_without_budgets_nothing_waits_for_the_ledger(tmp_path: Path) -> None:
         gate.set()
         await ledger.flush()
         assert [n.calls for n in await ledger.report("model")] == [5]
+        await ledger.aclose()
+
+    run(body())
+
+
+def test_a_ledger_that_hangs_ends_with_the_deadline(tmp_path: Path) -> None:
+    """Nobody is asked, and what is granted too late is given back."""
+
+    async def body() -> None:
+        import threading
+
+        ledger = await Ledger.open(tmp_path / "l.db")
+        gate = threading.Event()
+        real = ledger._books.apply
+        ledger._books.apply = lambda operations: (gate.wait(), real(operations))[1]  # type: ignore[method-assign]
+        a, limit = Scripted("a"), BudgetSettings(limit_usd=1)
+        found = router(a, prices=PRICES, ledger=ledger, budgets=(limit,), routing={"deadline": 0.02})
+        with pytest.raises(Unavailable, match="ledger"):
+            await found.complete(question(params={"max_tokens": 5}))
+        gate.set()
+        await ledger.flush()
+        assert [s.used_nano for s in await ledger.states([limit])] == [0]
+        assert a.asked == []
+        at_rest(found)
         await ledger.aclose()
 
     run(body())

@@ -46,7 +46,7 @@ class Replay:
         reply = recordings.find(key, epoch=epoch)
         if reply is None:
             count = recordings.count(key)
-            what = f"{count} answers of {model} are recorded for this question, not {epoch}" if count else ""
+            what = f"{count} answers of {model} are recorded for this question, none of epoch {epoch}" if count else ""
             raise ProviderError(
                 "invalid", what or f"no answer of {model} is recorded for this question", provider=self.name,
                 hint=f"its key is {key}; the model, every message and every parameter must be as recorded",
