@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mist.broker.base import Stream
     from mist.tools.matchspec.results import Run
 
-app = noun("Evals: run a suite, list and compare runs, replay their results.")
+app = noun("Evals: run suites, judge and compare runs, make runs of runs.")
 app.command()(run)
 
 
@@ -119,9 +119,10 @@ async def replay(
     ask: AskOption = "",
     stream: StreamOption = "eval",
 ) -> None:
-    """Read the results of a run again from a position of the eval stream, without running anything; with --suite make a
-    run of its own: results before the position are taken over, the others are judged again on the recorded answers, and no
-    model is asked.
+    """Read the results of a run again from a position of the eval stream, without running anything.
+
+    With --suite a run of its own is made: results before the position are taken over, the others are judged again on the
+    recorded answers, and no model is asked.
 
     jsonl, csv and raw give one result per line; json gives {"run", "from", "last", "results", "eval": [rows]}, where the
     rows cover what was replayed. A run that was stopped keeps its position as the cursor eval-RUN.

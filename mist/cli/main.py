@@ -51,7 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("mist.cli.replay:command", "Send a stream's records again, at their pace or faster"),
     "bench": ("mist.cli.bench:app", "Measure rates and latencies"),
     "trace": ("mist.cli.trace:app", "Traces: ls, show, tail, stats, errors, ingest, export"),
-    "eval": ("mist.cli.eval:app", "Eval runs: run, ls, show, diff, replay, gate"),
+    "eval": ("mist.cli.eval:app", "Evals: run, report, gate, diff, replay, rescore, fork, history"),
     "infer": ("mist.cli.infer:app", "Ask models through the router: chat, route, providers, status"),
 }
 ALIASES = {"s": "stream", "c": "consumer"}

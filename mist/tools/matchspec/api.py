@@ -43,6 +43,7 @@ from mist.transport.body import Gone, Intake, Limits
 LIMIT = 20
 LIMIT_MAX = 1000
 RESULTS_MAX = 10_000
+RESULTS_BYTES_MAX = 64 * 1024 * 1024
 """Results that one answer of the seed's routes holds; larger runs are asked for by `POST /run`."""
 STATUSES = ("running", "passed", "failed", "error")
 _LIMITS = Limits(body_bytes_max=1024 * 1024, inflight_requests_max=64)
@@ -181,7 +182,8 @@ class Api:
         found: list[Raw] = []
         for id, (manifest, _) in (await read_heads(self._service.stream)).items():
             if manifest.suite == suite:
-                found += await self._payloads(id, RESULTS_MAX - len(found))
+                size = sum(len(bytes(raw)) for raw in found)
+                found += await self._payloads(id, RESULTS_MAX - len(found), RESULTS_BYTES_MAX - size)
         if not found and suite not in self._service.suites:
             raise NotFound(f"matchspec: unknown suite {suite[:80]!r}", hint="GET /suites lists them")
         return _json(found)
@@ -224,19 +226,26 @@ class Api:
             raise InvalidArgument("infer_url: whom to ask is the server's to say", hint="leave it out")
         job = await self._service.begin(run.suite, tasks=run.tasks, id=id)
         await job.done.wait()
-        return await self._payloads(job.run_id, RESULTS_MAX)
+        return await self._payloads(job.run_id, RESULTS_MAX, RESULTS_BYTES_MAX)
 
-    async def _payloads(self, id: str, limit: int) -> list[Raw]:
-        """In the order of the data."""
+    async def _payloads(self, id: str, limit: int, bytes_max: int) -> list[Raw]:
+        """In the order of the data. Raises TooLarge."""
         stream = self._service.stream
         head = await read_head(stream, id)
         order = {h.name: at for at, h in enumerate(head.manifest.harnesses)}
         found: list[tuple[tuple[int, int, int], Raw]] = []
+        size = 0
         async for stored in each_result(stream, head):
             if len(found) >= limit:
                 break
             r = stored.result
-            found.append(((order.get(r.harness, 0), r.index, r.epoch), Raw(msgspec.json.encode(r))))
+            data = msgspec.json.encode(r)
+            size += len(data)
+            if size > bytes_max:
+                raise TooLarge(
+                    f"results of run {id}", size_bytes=size, size_bytes_max=bytes_max, hint="GET /results/{id}"
+                )
+            found.append(((order.get(r.harness, 0), r.index, r.epoch), Raw(data)))
         return [raw for _, raw in sorted(found, key=lambda item: item[0])]
 
 

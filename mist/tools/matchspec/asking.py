@@ -162,7 +162,8 @@ def answer_of(
         tokens_in=found.tokens_in,
         tokens_out=found.tokens_out,
         cost_usd=found.cost_usd,
-        latency_ms=found.latency_ms if found.latency_ms else latency_ms,
+        # whole milliseconds: a stated 0 is less than one, and not unknown, where nobody measured it here (recalled)
+        latency_ms=found.latency_ms if found.latency_ms or latency_ms is None else latency_ms,
         model=found.model,
         provider=found.provider,
         request_id=correlation_id,

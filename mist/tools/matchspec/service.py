@@ -97,6 +97,7 @@ class Service:
         self._jobs: dict[str, Job] = {}
         self._failed: dict[str, str] = {}
         self._reports: OrderedDict[str, tuple[int, Report]] = OrderedDict()
+        self._reading = asyncio.Lock()
         self._broker: Broker | None = None
         self._stream: Stream | None = None
         self._stop: asyncio.Event | None = None
@@ -260,14 +261,15 @@ class Service:
 
     async def _light(self, id: str) -> Report:
         """The report without examples; kept, where no further record can change it, or none came."""
-        last = (await self.stream.info()).last
-        known = self._reports.get(id)
-        if known is None or not (_settled(known[1]) or known[0] == last):
-            known = self._reports[id] = last, await report_of(self.stream, id, examples_max=0)
-        self._reports.move_to_end(id)
-        while len(self._reports) > REPORTS_MAX:
-            self._reports.popitem(last=False)
-        return known[1]
+        async with self._reading:  # who asks meanwhile finds it read
+            last = (await self.stream.info()).last
+            known = self._reports.get(id)
+            if known is None or not (_settled(known[1]) or known[0] == last):
+                known = self._reports[id] = last, await report_of(self.stream, id, examples_max=0)
+            self._reports.move_to_end(id)
+            while len(self._reports) > REPORTS_MAX:
+                self._reports.popitem(last=False)
+            return known[1]
 
 
 def _settled(report: Report) -> bool:

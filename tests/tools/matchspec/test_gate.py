@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import nan
+from random import Random
 from typing import Any
 
 import pytest
@@ -169,6 +170,19 @@ def test_a_result_counts_once_and_only_in_its_place() -> None:
     found.add(result(1, harness="stranger"))
     assert found.done == 1
     assert not judge(found, gate(overall=0.0)).ok
+
+
+def test_the_order_of_results_decides_nothing() -> None:
+    """A run that was killed, resumed and asked concurrently has them in another order: figures and examples are the same."""
+    results = [result(i, [0.0, 0.3, 1.0][i % 3], latency_ms=float(i), cost_usd=0.1 * i) for i in range(40)]
+    found = []
+    for seed in range(3):
+        tallied = Tally(manifest(40), examples_max=5)
+        for r in Random(seed).sample(results, 40):
+            tallied.add(r)
+        found.append((judge(tallied, gate(metric="mean_score")), tallied.examples(), tallied.cost_usd))
+    assert found[0] == found[1] == found[2]
+    assert [e.id for e in found[0][1][0]] == ["q0", "q1", "q3", "q4", "q6"]
 
 
 def test_repeats_are_reduced_per_sample() -> None:

@@ -74,7 +74,7 @@ def test_a_service_that_is_killed_goes_on_with_its_runs(
 ) -> None:
     """A real `matchspec serve` beside the router: POST /run, kill -9, start again: no answer that was stored is asked for again."""
     monkeypatch.chdir(tmp_path)
-    n = 80
+    n = 40
     url = f"log:{tmp_path / 'log'}"
     options = ("--tools", "infermux,matchspec", "--suites", suite(n))
     process, found = started(spawn, url, *options)

@@ -15,6 +15,7 @@ from mist.client.client import to_message
 from mist.errors import NotFound
 from mist.protocol.codec import decode
 from mist.protocol.envelope import Envelope
+from mist.tools.matchspec.asking import read_answer
 from mist.tools.matchspec.graders import grader
 from mist.tools.matchspec.report import report_of
 from mist.tools.matchspec.run import run_suite
@@ -110,6 +111,16 @@ def test_a_part_of_the_stream_is_read_and_nothing_twice() -> None:
             assert (await read_traffic(infer, after=0, models=["x"])).exchanges == []
 
     run(body())
+
+
+def test_a_stated_latency_of_0_is_known_and_a_measured_one_is_better() -> None:
+    """Routers state whole milliseconds. Without a measurement, as for an answer found after a kill, 0 is what is known: else
+    a latency grader could not decide, and the run that was killed had another report."""
+    _, fast = exchange("a", "2+2?", "4", latency_ms=0)
+    assert read_answer(fast).latency_ms == 0
+    assert read_answer(fast, latency_ms=0.4).latency_ms == 0.4
+    assert read_answer(exchange("a", "2+2?", "4")[1], latency_ms=0.4).latency_ms == 12
+    assert read_answer(exchange("a", "2+2?", "4", latency_ms=None)[1]).latency_ms is None
 
 
 def test_traffic_that_nothing_can_judge_is_refused() -> None:
