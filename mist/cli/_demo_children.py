@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -32,12 +32,12 @@ class Child:
         self._output = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, name: str, args: list[str], log: Path, url: str) -> Self:
+    async def start(cls, name: str, args: list[str], log: Path, url: str, env: Mapping[str, str]) -> Self:
         """`python -P args…`: the interpreter that runs us, nothing from the current directory."""
         with log.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", *args, stdin=PIPE, stdout=PIPE, stderr=stderr,
-                env={**os.environ, "MIST_URL": url},
+                env={**os.environ, "MIST_URL": url, **env},
             )  # fmt: skip
         return cls(name, process, log)
 
@@ -94,8 +94,8 @@ class Nursery:
         self._url = url
         self._children: list[Child] = []
 
-    async def start(self, name: str, *args: str) -> Child:
-        child = await Child.start(name, list(args), self._logs / f"{name}.log", self._url)
+    async def start(self, name: str, *args: str, env: Mapping[str, str] | None = None) -> Child:
+        child = await Child.start(name, list(args), self._logs / f"{name}.log", self._url, env or {})
         self._children.append(child)
         return child
 

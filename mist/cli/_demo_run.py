@@ -1,7 +1,8 @@
 """What the demo does: two stories at the same time, told by real processes, and the judge at the end.
 
 Traces: a producer publishes durably while a worker copies the stream into its store; halfway the worker is killed with
-SIGKILL and started again. A server of the demo's own is killed and started again a little earlier. Evals: a run is stopped halfway, gone on with, and replayed from its cursor.
+SIGKILL and started again. A server of the demo's own is killed and started again a little earlier. Evals: a run asks models
+through the router, which gives recorded answers; it is killed halfway, gone on with, and replayed from its cursor.
 Nothing here prints; `say` tells what happens.
 """
 
@@ -11,7 +12,7 @@ import asyncio
 import functools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ from mist.broker.registry import connect
 from mist.cli._demo_children import Child, Nursery, nursery, until
 from mist.cli._demo_judge import Verdict, judge
 from mist.cli._demo_producer import Order, Report
+from mist.cli._demo_suite import SETTINGS
 from mist.errors import MistError, TimedOut, Unsupported
 from mist.kit.local import LocalServer
+from mist.protocol.codec import decode
+from mist.protocol.envelope import Envelope
+from mist.protocol.payloads import InferRequest
 from mist.tools.matchspec.results import Row, read_run, result_subject, rows
 from mist.tools.matchspec.run import cursor_name
+from mist.tools.matchspec.suite import Suite
 from mist.tools.tokentrace.publish import BATCH
 from mist.tools.tokentrace.stats import ModelStats, stats
 from mist.tools.tokentrace.store import Store
@@ -37,8 +43,9 @@ EVAL_S = 4.0
 RATE_MIN = 2000.0
 HOLD_AT = 0.75
 KILL_JITTER_S = 0.1
-DRAINED = 143
+DRAINED, KILLED = 143, -9
 TRACES, EVALS = "trace", "eval"
+QUESTIONS, ANSWERS, STARTED = "infer-requests", "infer", "infer.started"
 Say = Callable[[str], None]
 
 
@@ -76,7 +83,8 @@ class TraceFacts(Struct, frozen=True, kw_only=True):
 
 
 class EvalFacts(Struct, frozen=True, kw_only=True):
-    """The story of the eval. `kept`: results that were there when the run was gone on with."""
+    """The story of the eval. `kept`: results that were there when the run was gone on with. `asked`: questions of the run that
+    the router answered; `asked_again`: calls beyond one for each."""
 
     run: str
     rows: list[Row]
@@ -84,6 +92,8 @@ class EvalFacts(Struct, frozen=True, kw_only=True):
     total: int
     replayed_from: int
     replayed: int
+    asked: int
+    asked_again: int
     complete: bool
 
 
@@ -192,9 +202,11 @@ async def _traces(plan: Plan, stream: Stream, children: Nursery, say: Say) -> Tr
     with Store.read(plan.store) as store:
         verdict = judge(acknowledged, store)
         found = stats(store)
+    # the router's calls are spans of the same stream, some of them here already: another story
+    routed = set(_suite(plan).models)
     return TraceFacts(
         verdict=verdict,
-        spans=found.spans,
+        spans=[row for row in found.spans if row.model not in routed],
         worker_kills=1,
         broker_kills=broker_kills,
         broker_away_s=away_s,
@@ -234,32 +246,43 @@ def _look(path: Path, sql: str) -> int:
 
 async def _evals(plan: Plan, broker: Broker, children: Nursery, say: Say) -> EvalFacts:
     stream = await broker.open(EVALS)
-    total = _eval_total(plan)
+    total = _suite(plan).total
+    began = {name: (await again((await broker.open(name)).info)).last for name in (QUESTIONS, ANSWERS)}
 
     async def mist(name: str, *args: str) -> Child:
         return await children.start(name, "-m", "mist", "eval", *args, "--stream", EVALS, "--format", "json")
 
+    # fmt: off
+    router = await children.start(
+        "router", "-m", "mist", "up", "--tools", "infermux", "--listen", "127.0.0.1:0",
+        env={"MIST_CONFIG": str(plan.suite_file.with_name(SETTINGS))},
+    )
+    # fmt: on
     suite = str(plan.suite_file)
-    say(f"eval run {plan.run}: {total:,} samples, one durable result each")
-    # a run that ended before it could be stopped (a machine that stalls for seconds) is begun again, slower
+    say(f"eval run {plan.run}: {total:,} questions through the router, one durable result each")
+    # a run that ended before it could be killed (a machine that stalls for seconds) is begun again, slower
     for slower in (1, 4, 16):
         run = plan.run if slower == 1 else f"{plan.run}-{slower}"
-        first = await mist(f"eval-1-{slower}", "run", suite, "--run", run, "--rate", str(total / EVAL_S / slower))
-        await _results(stream, run, total // 2, first)
-        first.terminate()
-        await first.ended(DRAINED, 0)
+        rate = str(total / EVAL_S / slower)
+        first = await mist(f"eval-1-{slower}", "run", suite, "--run", run, "--ask", "stream", "--rate", rate)
+        await _results(stream, run, total // 2, first, router)
+        first.kill()
+        await first.ended(KILLED, 0)
         stopped = await again(functools.partial(read_run, stream, run))
         if not stopped.info.complete:
             break
     cursor = await again(lambda: broker.checkpoints.load(EVALS, cursor_name(run)))
     at = cursor.sequence if cursor is not None else stopped.info.last
-    say(f"stopped the eval run at sequence {at}, {stopped.info.done:,} of {total:,} results")
-    second = await mist("eval-2", "run", suite, "--run", run)
+    say(f"killed the eval (SIGKILL) with {stopped.info.done:,} of {total:,} results, its cursor at sequence {at}")
+    second = await mist("eval-2", "run", suite, "--run", run, "--ask", "stream")
     table = msgspec.json.decode(await second.ended(0), type=list[Row])
     third = await mist("eval-replay", "replay", run, "--from", f"+{at}")
     replayed: dict[str, Any] = msgspec.json.decode(await third.ended(0))
     whole = await again(functools.partial(read_run, stream, run))
     say(f"went on, and replayed {replayed['results']:,} results from sequence {at} to completion")
+    asked, calls = await _asked(broker, run, began)
+    router.terminate()
+    await router.ended(DRAINED)
     before = sum(1 for r in whole.results if r.sequence <= at)
     return EvalFacts(
         run=run,
@@ -268,25 +291,55 @@ async def _evals(plan: Plan, broker: Broker, children: Nursery, say: Say) -> Eva
         total=total,
         replayed_from=at,
         replayed=replayed["results"],
+        asked=asked,
+        asked_again=calls - asked,
         complete=(
             whole.info.complete
             and whole.info.total == total
             and whole.doubled == 0
             and 0 < stopped.info.done < total
             and before + replayed["results"] == total
+            # a server that is killed gives out again what was acknowledged within its last moments: a second call then
+            and asked == total
+            and (calls == total or plan.server is not None)
             and table == rows((r.result for r in whole.results), whole.manifest.models)
             and (not plan.right or {r.model: r.passed for r in table} == plan.right)
         ),
     )
 
 
-def _eval_total(plan: Plan) -> int:
+async def _asked(broker: Broker, run: str, began: dict[str, int]) -> tuple[int, int]:
+    """(questions of the run, calls the router made for them)."""
+    ids: set[str] = set()
+    async for env in _envelopes(broker, QUESTIONS, began[QUESTIONS]):
+        payload = env.decode()
+        if isinstance(payload, InferRequest) and payload.meta.get("run") == run:
+            ids.add(env.id)
+    calls = 0
+    async for env in _envelopes(broker, ANSWERS, began[ANSWERS]):
+        calls += env.type == STARTED and env.correlation_id in ids
+    return len(ids), calls
+
+
+async def _envelopes(broker: Broker, name: str, after: int) -> AsyncIterator[Envelope]:
+    """What the stream holds behind a position."""
+    stream = await broker.open(name)
+    while True:
+        page = await again(functools.partial(stream.read, after=after, limit=1000))
+        for record in page.records:
+            yield decode(record.data)
+        if page.scanned == after:
+            return
+        after = page.scanned
+
+
+def _suite(plan: Plan) -> Suite:
     from mist.tools.matchspec.load import load_suite
 
-    return load_suite(plan.suite_file).total
+    return load_suite(plan.suite_file)
 
 
-async def _results(stream: Stream, run: str, wanted: int, child: Child) -> None:
+async def _results(stream: Stream, run: str, wanted: int, child: Child, router: Child) -> None:
     """Wait until the run has this many results in the stream."""
     subjects = (result_subject(run),)
     found, after = 0, (await again(stream.info)).first - 1
@@ -296,3 +349,5 @@ async def _results(stream: Stream, run: str, wanted: int, child: Child) -> None:
         after = page.scanned
         if not page.records and not child.running:
             await child.ended(0)  # done already, or an error
+        if not router.running:
+            await router.ended()

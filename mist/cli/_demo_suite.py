@@ -1,7 +1,9 @@
-"""The demo's own eval: a suite file, its samples and two models' recorded answers, written to a directory.
+"""The demo's eval: a suite that asks models, and the recorded answers that the router gives in their place.
 
-Small sums, spellings and capitals, so that anybody can see why an answer passes; `numeric`, `contains` and `exact`
-each judge a third. How many answers are right is decided while they are written, not by the graders.
+A directory with `suite.yml` (one harness per model), `samples.jsonl`, `recorded.jsonl`, and `mist.toml`, whose router has one
+provider, of type `replay`. The demo's own suite is small sums, spellings and capitals, so that anybody can see why an
+answer passes; `numeric`, `contains` and `exact` each judge a third. How many answers are right is decided while they
+are written, not by the graders.
 """
 
 from __future__ import annotations
@@ -12,53 +14,91 @@ from typing import Any
 
 import msgspec
 
+from mist.tools.matchspec.gsm8k import MARKER
+from mist.tools.matchspec.gsm8k import load as load_gsm8k
+from mist.tools.matchspec.suite import Recorded
+
+SETTINGS = "mist.toml"
 SAMPLES = 600
 SKILL = {"tutor-large": 0.86, "tutor-small": 0.61}
 CAPITALS = (
     ("France", "Paris"), ("Kenya", "Nairobi"), ("Peru", "Lima"), ("Japan", "Tokyo"), ("Norway", "Oslo"), ("Egypt", "Cairo"),
     ("Chile", "Santiago"), ("Ghana", "Accra"), ("Nepal", "Kathmandu"), ("Cuba", "Havana"), ("Latvia", "Riga"), ("Iran", "Tehran"),
 )  # fmt: skip
-_SUITE = """\
-# The demo's eval: recorded answers, three graders; each sample names the one that judges it.
-name = "demo-basics"
-data = "samples.jsonl"
-answers = "answers.jsonl"
-
-[[graders]]
-type = "numeric"
-marker = "A:"
-
-[[graders]]
-type = "contains"
-case_sensitive = false
-
-[[graders]]
-type = "exact"
+CONCURRENCY = 32
+_GRADERS: list[dict[str, Any]] = [
+    {"type": "numeric", "name": "numeric", "config": {"marker": "A:"}},
+    {"type": "contains", "name": "contains", "config": {"case_sensitive": False}},
+    {"type": "exact", "name": "exact"},
+]
+_GSM8K: list[dict[str, Any]] = [
+    {"type": "numeric", "name": "numeric", "config": {"marker": MARKER, "expected_marker": MARKER}}
+]
+_SETTINGS = """\
+# The demo's router: recorded answers, so that nothing is paid. Nobody needs its HTTP door here.
+[infermux]
+providers = [{ name = "recorded", type = "replay", recordings = %s }]
 """
 
 
 def write_suite(directory: Path, *, seed: int, samples: int = SAMPLES) -> tuple[Path, dict[str, int]]:
-    """Write suite.toml, samples.jsonl and answers.jsonl. Returns the suite file and how many answers of each model are
-    right by construction."""
+    """Write the demo's own suite. Returns the suite file and how many answers of each model are right by construction."""
     rng = random.Random(seed)
     right = dict.fromkeys(SKILL, 0)
     rows: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
+    answers: dict[str, list[str]] = {model: [] for model in SKILL}
     for number in range(1, samples + 1):
-        id = f"s{number:04d}"
         kind = ("numeric", "contains", "exact")[number % 3]
         question, expected, good, bad = _task(rng, kind)
-        rows.append({"id": id, "input": question, "expected": expected, "grader": kind})
+        # numbered: the same question twice would have two recorded answers, and which came first would decide
+        asked = f"{number}. {question}"
+        rows.append({"id": f"s{number:04d}", "input": asked, "expected": expected, "grader": kind})
         for model, skill in SKILL.items():
             knows = rng.random() < skill
             right[model] += knows
-            answers.append({"id": id, "model": model, "output": good if knows else bad})
+            answers[model].append(good if knows else bad)
+    return _write(directory, "demo-basics", rows, answers, _GRADERS), right
+
+
+def write_recorded(directory: Path, file: Path) -> Path:
+    """The same of GSM8K's recorded solutions: its questions are asked, its solutions are answered. Returns the suite file."""
+    suite = load_gsm8k(file)
+    samples = list(suite.harnesses[0].samples)
+    rows: list[dict[str, Any]] = [{"id": s.id, "input": s.input, "expected": s.expected} for s in samples]
+    answers: dict[str, list[str]] = {}
+    for harness in suite.harnesses:
+        model = harness.model
+        found = (model.answers or {}) if isinstance(model, Recorded) else {}
+        answers[harness.label] = [str(found[sample.id]) for sample in samples]
+    return _write(directory, suite.name, rows, answers, _GSM8K)
+
+
+def _write(
+    directory: Path, name: str, rows: list[dict[str, Any]], answers: dict[str, list[str]], graders: list[dict[str, Any]]
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "samples.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(rows))
-    (directory / "answers.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(answers))
-    suite = directory / "suite.toml"
-    suite.write_text(_SUITE, encoding="utf-8")
-    return suite, right
+    encoder = msgspec.json.Encoder()
+    (directory / "samples.jsonl").write_bytes(encoder.encode_lines(rows))
+    recorded = [
+        {"model": model, "messages": [{"role": "user", "content": row["input"]}], "content": text}
+        for model, texts in answers.items()
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    file = directory / "recorded.jsonl"
+    file.write_bytes(encoder.encode_lines(recorded))
+    # JSON strings are TOML strings, and a JSON document is a YAML one
+    (directory / SETTINGS).write_text(_SETTINGS % msgspec.json.encode(str(file.absolute())).decode(), encoding="utf-8")
+    harnesses = [
+        {
+            "name": model, "dataset": "samples.jsonl", "model": {"type": "infer", "model": model},
+            "concurrency": CONCURRENCY, "graders": graders,
+        }
+        for model in answers
+    ]  # fmt: skip
+    suite = directory / "suite.yml"
+    document = msgspec.json.encode({"version": 1, "name": name, "harnesses": harnesses})
+    suite.write_bytes(msgspec.json.format(document, indent=2) + b"\n")
+    return suite
 
 
 def _task(rng: random.Random, kind: str) -> tuple[str, str, str, str]:

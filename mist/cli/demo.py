@@ -42,11 +42,12 @@ async def command(
         typer.Option("--server", metavar="NAME", help="nats or redis: start one for the demo, and kill it on the way."),
     ] = "",
 ) -> int:
-    """Run the main job: durable ingest, a killed worker, an eval that is stopped and replayed.
+    """Run the main job: durable ingest, a killed worker, an eval that is killed and replayed.
 
     A producer publishes spans while a worker stores them; the worker is killed (SIGKILL) halfway and started again. An
-    eval run is stopped halfway, gone on with and replayed from its cursor. Then the judge counts what was lost and what
-    was done twice. Exit code 0 only if nothing was and both tables are complete.
+    eval asks models through the router, which gives recorded answers; it is killed halfway, gone on with, and replayed from
+    its cursor. Then the judge counts what was lost, what was done twice and what was asked twice. Exit code 0 only if
+    nothing was and both tables are complete.
 
     Without -u the broker is the embedded log in a fresh directory, which is left behind for you to look at. With --server
     it is a NATS or Redis server that the demo starts on this machine, kills with SIGKILL while spans are published,
@@ -83,12 +84,12 @@ async def command(
 def make_plan(session: Session, data: str, dir: str, spans: int, seed: int, server: str = "") -> Plan:
     """Choose the directories and files; the first thing written."""
     from mist.cli._demo_run import Plan
-    from mist.cli._demo_suite import write_suite
+    from mist.cli._demo_suite import write_recorded, write_suite
     from mist.cli._tools import store_path
 
     given = session.origins.get("url", "default") != "default" and not server
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    trace_file, suite_file = _real_files(Path(data), session) if data else (None, None)
+    trace_file, solutions = _real_files(Path(data), session) if data else (None, None)
     url = session.url
     if given and url.scheme == "log" and not dir:
         data_dir = Path(url.target or ".").absolute()
@@ -102,8 +103,10 @@ def make_plan(session: Session, data: str, dir: str, spans: int, seed: int, serv
     if store.exists():
         store = files / "tokentrace.db"  # somebody's spans are in the usual place: keep ours apart
     right: dict[str, int] = {}
-    if suite_file is None:
+    if solutions is None:
         suite_file, right = write_suite(files / "suite", seed=seed)
+    else:
+        suite_file = write_recorded(files / "suite", solutions)
     if trace_file is not None:
         from mist.tools.tokentrace.files import BadRow, envelopes_of
 
@@ -183,6 +186,8 @@ def document(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         **({"broker_kills": t.broker_kills} if plan.server is not None else {}),
         "spans": msgspec.to_builtins(t.spans),
         "eval": msgspec.to_builtins(e.rows),
+        "asked": e.asked,
+        "asked_again": e.asked_again,
         "replayed_from": seq(e.replayed_from),
         "elapsed_s": round(outcome.elapsed_s, 3),
         "data_dir": str(plan.data_dir),
@@ -216,7 +221,11 @@ def _print(session: Session, plan: Plan, outcome: Outcome) -> None:
                 f"published {t.published_per_s:,.0f}/s (paced), durable appends {t.appended_per_s:,.0f}/s, "
                 f"ingest {t.applied_per_s:,.0f}/s"
             ),
-            "eval": f"stopped at {e.kept:,} of {e.total:,} results, replayed {e.replayed:,} from sequence {e.replayed_from}",
+            "eval": (
+                f"killed (SIGKILL) at {e.kept:,} of {e.total:,} results, went on, replayed {e.replayed:,} from sequence "
+                f"{e.replayed_from}"
+            ),
+            "inference": f"{e.asked:,} questions answered by the router, {e.asked_again} of them asked again",
             "elapsed": f"{d['elapsed_s']:.1f} s",
         }
     )

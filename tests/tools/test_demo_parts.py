@@ -13,7 +13,6 @@ import mist
 from mist.broker.base import Message
 from mist.cli import _demo_traffic as traffic_module
 from mist.cli._demo_judge import Verdict, acknowledged_line, judge, read_acknowledged
-from mist.cli._demo_suite import write_suite
 from mist.cli._demo_traffic import CONTEXT_TOKENS, GENERATED_TOKENS, draw, span_of, traffic
 from mist.errors import Internal
 from mist.protocol.codec import encode
@@ -26,6 +25,7 @@ from mist.tools.tokentrace.spans import row_of
 from mist.tools.tokentrace.store import Batch, Store
 
 from .spanning import envelope, message, record
+from .suites import write_recorded_suite
 
 DATA = Path(os.environ.get("MIST_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 AZURE = DATA / "azure_llm_conv_2023.csv"
@@ -87,7 +87,7 @@ def test_the_tables_are_those_of_the_published_trace() -> None:
 
 def test_the_suite_has_the_passes_it_was_written_with(tmp_path: Path) -> None:
     """Graders find exactly the answers that were written as right ones, for each of the three kinds."""
-    path, right = write_suite(tmp_path / "s", seed=5, samples=300)
+    path, right = write_recorded_suite(tmp_path / "s", seed=5, samples=300)
     suite = load(path)
     table = rows((grade(suite.name, h, s, "r") for h in suite.harnesses for s in h.samples), suite.models)
     assert {r.model: r.passed for r in table} == right

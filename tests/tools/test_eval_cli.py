@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mist.cli._demo_suite import write_suite
-
 from .shell import Shell
+from .suites import write_recorded_suite
 
 DATA = Path(os.environ.get("MIST_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 SOLUTIONS = DATA / "gsm8k_model_solutions.jsonl"
@@ -24,7 +23,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> str:
-    return str(write_suite(tmp_path / "suite", seed=1, samples=60)[0])
+    return str(write_recorded_suite(tmp_path / "suite", seed=1, samples=60)[0])
 
 
 @pytest.mark.skipif(not SOLUTIONS.exists(), reason="the shared data are not here")
@@ -129,5 +128,5 @@ def test_what_cannot_be_run_is_refused_before_anything_is_made(shell: Shell, tmp
 def test_other_data_under_a_runs_name_is_a_conflict(shell: Shell, suite: str, tmp_path: Path) -> None:
     """Exit code 5; the run stays as it was."""
     assert shell("eval", "run", suite, "--run", "r1").code == 0
-    other = str(write_suite(tmp_path / "other", seed=2, samples=60)[0])
+    other = str(write_recorded_suite(tmp_path / "other", seed=2, samples=60)[0])
     assert shell("eval", "run", other, "--run", "r1").code == 5
