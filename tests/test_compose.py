@@ -62,12 +62,12 @@ def test_every_service_is_hardened_and_bounded(file: Path) -> None:
 
 
 def test_the_services_are_the_tools_of_mist_up() -> None:
-    """Each line of the table runs in one service."""
+    """Each line of the table runs in one service, but the evals: they serve suites, which are files of the user's."""
     from mist.cli.up import TOOLS
 
     for file in FILES:
         named = re.findall(r'"--tools", "([\w,]+)"', file.read_text())
-        assert sorted(",".join(named).split(",")) == sorted(TOOLS)
+        assert sorted(",".join(named).split(",")) == sorted(TOOLS.keys() - {"matchspec"})
 
 
 def test_base_images_are_pinned_to_a_version() -> None:

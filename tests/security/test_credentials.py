@@ -203,6 +203,8 @@ def _mist(door: Door, *argv: str, password: str = SECRET, port: int = 0) -> str:
 
 def test_the_command_line(door: Door, said: Said) -> None:
     """What `mist` prints, when all is well and when it is not, in text and in JSON."""
+    if door.login != "tester:{}":
+        pytest.skip("the same code as with a user's name")
     for argv in (("doctor",), ("tail", "nothing"), ("config", "show"), ("stream", "ls", "--json")):
         said.parts.append(_mist(door, *argv))
     said.parts.append(_mist(door, "ping", password=WRONG))
@@ -245,7 +247,7 @@ class Arguments:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_process_carries_it_in_its_arguments(door: Door, said: Said, tmp_path: Path) -> None:
     """`mist demo` starts workers, an eval and more: the URL with its password reaches them another way."""
-    if door.login == ":{}":
+    if door.login != "tester:{}":
         pytest.skip("the same code as with a user's name")
     with Arguments() as arguments:
         env = {**os.environ, "MIST_URL": door.url(SECRET), "NO_COLOR": "1", "HOME": str(tmp_path)}
