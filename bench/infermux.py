@@ -6,7 +6,8 @@ CONNECTIONS connections that always have one under way.
 
 Upstream, generator and routers are processes of their own (`python -m bench.infermux ROLE …`). The generator keeps the request as
 ready bytes and reads no more of an answer than where it ends; the row of the upstream says what it could do at most. InferMux
-runs as `mist up` does: it checks a key, and records every call into its log. LiteLLM runs one worker with a master key and
+runs as `mist up` does: it checks a key, and records every call into its log. A last part asks routers whose TokenTrace is well, dead,
+slow or full, an upstream that takes its time: none of that may be felt. LiteLLM runs one worker with a master key and
 records nothing. It is installed from bench/peers/litellm.txt into the environment's folder `peers`, once; where that fails the
 bench says so and goes on without it.
 """
@@ -35,6 +36,10 @@ from mist.kit.local import free_port
 
 ADDED = "InferMux: latency added to an instant upstream at 200 requests/s"
 MANY = "InferMux: requests/s, not streamed, instant upstream, 64 connections"
+FELT = "InferMux: what a TokenTrace that is dead, slow or full adds to a call, p99"
+COLLECTORS = ("well", "dead", "slow", "full")
+UPSTREAM_S = 0.02
+"""How long the upstream takes where the p99 is looked at: far less than any model."""
 RATE = 200
 SECONDS = 10
 CONNECTIONS = 64
@@ -83,13 +88,39 @@ class _Upstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
+    delay_s = 0.0
+
     def on_message_complete(self) -> None:
-        self._transport.write(self.answer)
+        if self.delay_s:
+            asyncio.get_running_loop().call_later(self.delay_s, self._transport.write, self.answer)
+        else:
+            self._transport.write(self.answer)
 
 
-async def _upstream() -> None:
+class _Slow(_Upstream):
+    delay_s = UPSTREAM_S
+
+
+class _Well(_Upstream):
+    """A TokenTrace that takes spans."""
+
+    answer = b"HTTP/1.1 202 Accepted\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+
+
+class _SlowCollector(_Well):
+    delay_s = 2.0
+
+
+class _FullCollector(_Upstream):
+    answer = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\n\r\n"
+
+
+_SERVERS = {"at-once": _Upstream, "upstream": _Slow, "well": _Well, "slow": _SlowCollector, "full": _FullCollector}
+
+
+async def _upstream(kind: str) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(_Upstream, "127.0.0.1", 0)
+    server = await loop.create_server(_SERVERS[kind], "127.0.0.1", 0)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await loop.run_in_executor(None, sys.stdin.readline)
 
@@ -273,8 +304,8 @@ def _process(argv: list[str], place: Path, env: dict[str, str]) -> Iterator[tupl
 
 
 @contextmanager
-def _infermux(base: Path, upstream: str) -> Iterator[_Running]:
-    place, key, port = fresh(base, "infermux"), secrets.token_hex(16), free_port()
+def _infermux(base: Path, upstream: str, tokentrace: str = "", name: str = "infermux") -> Iterator[_Running]:
+    place, key, port = fresh(base, name), secrets.token_hex(16), free_port()
     place.joinpath("mist.toml").write_text(
         f'url = "log:./log"\n'
         f'[[infermux.providers]]\nname = "upstream"\ntype = "openai"\nbase_url = "{upstream}/v1"\n'
@@ -282,6 +313,7 @@ def _infermux(base: Path, upstream: str) -> Iterator[_Running]:
         f'[[infermux.keys]]\nname = "bench"\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
     )
     argv = [sys.executable, "-m", "mist", "up", "--tools", "infermux", "--listen", f"127.0.0.1:{port}"]
+    argv += ["--tokentrace", tokentrace] if tokentrace else []
     with _process(argv, place, {"BENCH_UPSTREAM_KEY": "sk-bench"}) as (process, log):
         running = _Running(f"http://127.0.0.1:{port}", key, process.pid)
         running.wait(process, log)
@@ -325,9 +357,12 @@ def _installed() -> Path:
 
 
 @contextmanager
-def _upstreams() -> Iterator[str]:
+def _upstreams(kind: str = "at-once") -> Iterator[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.infermux", "upstream"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "bench.infermux", "upstream", kind],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -363,6 +398,31 @@ def run(board: Board, base: Path, rounds: int, scale: float) -> None:
         seconds = max(1.0, SECONDS * scale)
         _added(board, routers, rounds, seconds)
         _throughput(board, routers, rounds, max(500, int(COUNT * scale)))
+    _felt(board, base, rounds, max(1.0, SECONDS * scale))
+
+
+def _felt(board: Board, base: Path, rounds: int, seconds: float) -> None:
+    """The same questions at the same time of a round, through four routers that differ in the TokenTrace behind them."""
+    board.head(FELT)
+    with ExitStack() as stack:
+        upstream = stack.enter_context(_upstreams("upstream"))
+        routers = {}
+        for kind in COLLECTORS:
+            url = f"http://127.0.0.1:{free_port()}" if kind == "dead" else stack.enter_context(_upstreams(kind))
+            routers[kind] = stack.enter_context(_infermux(base, upstream, url, f"infermux-{kind}"))
+        got: dict[str, list[dict[str, float]]] = {name: [] for name in routers}
+        for running in routers.values():
+            _asked(running, RATE, RATE, 1)
+        for at in range(rounds):
+            for name in (*COLLECTORS[at % 4 :], *COLLECTORS[: at % 4]):
+                got[name].append(_asked(routers[name], RATE, int(RATE * seconds), seconds))
+    for name, figures in got.items():
+        board.row(FELT, f"a TokenTrace that is {name}: p99", [f["p99_ms"] for f in figures], "ms")
+        board.row(FELT, "    p50", [f["p50_ms"] for f in figures], "ms")
+    well = statistics.median(f["p99_ms"] for f in got["well"])
+    for name in COLLECTORS[1:]:
+        ratio = statistics.median(f["p99_ms"] for f in got[name]) / well
+        board.verdict(FELT, f"p99, {name} to well", ratio, 1.05, at_least=False, unit="x")
 
 
 def _added(board: Board, routers: dict[str, _Running], rounds: int, seconds: float) -> None:
@@ -425,7 +485,7 @@ def main() -> None:
     import uvloop
 
     if role == "upstream":
-        uvloop.run(_upstream())
+        uvloop.run(_upstream(*args))
     else:
         url, key, rate, count, seconds = args
         uvloop.run(_generate(url, key, int(rate), int(count), float(seconds)))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from mist.broker.base import ConsumerConfig, Stream
+from mist.broker.base import Checkpoint, ConsumerConfig, Stream
 from mist.cli._up_platform import Platform, Tool
 from mist.client.blobs import beside, outlining
 from mist.client.serving import serve
-from mist.errors import InvalidArgument, MistError, Unavailable
+from mist.errors import DataLoss, InvalidArgument, MistError, SequenceExpired, Unavailable
 from mist.kit.prices import load_prices
 from mist.kit.waiting import sleep_unless
 from mist.protocol.envelope import Envelope
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from mist.tools.matchspec.suite import Suite
 
 DOOR = "/mist"
+FORWARDED = "infermux-tokentrace"
+"""The cursor of the router's spans that another TokenTrace has."""
+FORWARDED_AT_ONCE = 64
+FORWARD_AGAIN_S_MAX = 30.0
 OTLP_REFUSED = ("/v1/metrics", "/v1/logs")
 """Doors that only say why nothing is taken there."""
 
@@ -308,27 +312,57 @@ async def _requests_only(envelopes: list[Envelope]) -> Sequence[int]:
 
 
 async def _forward(platform: Platform, trace: Stream, to: str) -> None:
-    """The router's spans out of the stream to another TokenTrace, each until it is there."""
-    from mist.client.worker import Delivered, Worker
+    """The router's spans out of the stream to another TokenTrace, each until it is there. A cursor and no consumer: while the
+    other one is away there is one position to keep, and not a lease for every span. Whether it is back is asked with one span
+    and ever more seldom, and a page is small: calls are answered by the same loop, and wait for what is done here."""
+    from mist.client.received import decode_record
     from mist.tools.infermux.envelopes import SOURCE
 
     subjects = (subject_for(TRACE_SPAN, SOURCE),)
+    kept = platform.broker.checkpoints if platform.broker.capabilities.checkpoints else None
+    found = await kept.load(trace.name, FORWARDED) if kept is not None else None
+    ours = found is not None and found.incarnation == trace.incarnation
+    after = found.sequence if found is not None and ours else (await trace.info()).first - 1
+
+    async def send(spans: list[Envelope]) -> None:
+        try:
+            await other.send_many(spans)
+        except MistError as exc:
+            if exc.retryable:
+                raise
+            if len(spans) > 1:  # one of them is the reason
+                for span in spans:
+                    await send([span])
+            else:
+                platform.say(f"span {spans[0].id} was refused and is passed over: {exc.code}: {exc.message}")
+
+    limit, pause = FORWARDED_AT_ONCE, AGAIN_S
     async with await dial(to) as other:
-
-        async def send(items: list[Delivered]) -> None:
+        while not platform.stop.is_set():
             try:
-                await other.send_many([item.envelope for item in items])
+                page = await trace.read(after=after, subjects=subjects, limit=limit, wait_s=1.0)
+                if page.records:
+                    await send([decode_record(record) for record in page.records])
+            except SequenceExpired as exc:
+                after = exc.first - 1
+                continue
+            except DataLoss as exc:
+                after = exc.resume_after
+                continue
             except MistError as exc:
-                if exc.retryable:
+                if not exc.retryable:
                     raise
-                if len(items) > 1:  # one of them is the reason
-                    for item in items:
-                        await send([item])
-                else:
-                    items[0].term(f"{exc.code}: {exc.message}")
-
-        consumer = await trace.consumer("infermux-tokentrace", ConsumerConfig(subjects=subjects, attempts_max=0))
-        await Worker(consumer, batch_handler=send, batch_max=500).run(platform.stop)
+                platform.say(f"{exc}; trying again in {pause:g} s")
+                await sleep_unless(pause, platform.stop)
+                limit, pause = 1, min(2 * pause, FORWARD_AGAIN_S_MAX)
+                continue
+            if page.scanned == after:
+                continue
+            limit, pause = min(2 * limit, FORWARDED_AT_ONCE), AGAIN_S
+            after = page.scanned
+            if kept is not None:
+                at = Checkpoint(stream=trace.name, name=FORWARDED, incarnation=trace.incarnation, sequence=after)
+                await kept.save(at, force=True)
 
 
 def matchspec(

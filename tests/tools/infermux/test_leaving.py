@@ -107,7 +107,7 @@ def test_spans_go_on_to_another_tokentrace() -> None:
             for _ in range(3):
                 await calls.complete(ChatRequest(model="m", messages=()))
             await recorder.aclose()
-            platform: Any = SimpleNamespace(stop=stop, say=told.append)
+            platform: Any = SimpleNamespace(stop=stop, say=told.append, broker=broker)
             tries = 0
 
             async def forward() -> None:
