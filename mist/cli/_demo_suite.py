@@ -26,6 +26,8 @@ CAPITALS = (
     ("Chile", "Santiago"), ("Ghana", "Accra"), ("Nepal", "Kathmandu"), ("Cuba", "Havana"), ("Latvia", "Riga"), ("Iran", "Tehran"),
 )  # fmt: skip
 CONCURRENCY = 32
+TIMEOUT_S = 60
+"""Of one answer: well above the time after which a request is given out again that a killed broker had half done."""
 _GRADERS: list[dict[str, Any]] = [
     {"type": "numeric", "name": "numeric", "config": {"marker": "A:"}},
     {"type": "contains", "name": "contains", "config": {"case_sensitive": False}},
@@ -91,7 +93,7 @@ def _write(
     harnesses = [
         {
             "name": model, "dataset": "samples.jsonl", "model": {"type": "infer", "model": model},
-            "concurrency": CONCURRENCY, "graders": graders,
+            "concurrency": CONCURRENCY, "timeout_seconds": TIMEOUT_S, "graders": graders,
         }
         for model in answers
     ]  # fmt: skip

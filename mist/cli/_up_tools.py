@@ -193,6 +193,9 @@ def alerts(store: Callable[[], Path | str], *, rules: Sequence[Rule]) -> Tool:
 
 
 ASKED = (INFER_REQUEST, f"{INFER_REQUEST}.>", HEALTH_PING)
+ASKED_WAIT_S = 10.0
+"""How soon a request is answered by somebody else when the router or its broker died under it: who asks waits for it. What
+takes longer is extended."""
 LOCAL = frozenset({"127.0.0.1", "::1", "localhost"})
 ROUTER_POLL_S = 0.05
 AGAIN_S = 5.0
@@ -233,7 +236,7 @@ def infermux(
         asked = Url(url.scheme, url.target, (("stream", settings.requests), ("consumer", "infermux")))
         await serve(
             handler(service.calls), asked, out=settings.stream, stop=platform.stop, concurrency=settings.workers,
-            config=ConsumerConfig(subjects=ASKED), drain_s=float(settings.drain),
+            config=ConsumerConfig(subjects=ASKED, ack_wait_s=ASKED_WAIT_S), drain_s=float(settings.drain),
             report=lambda error, id: platform.say(f"request {id}: {error}"),
         )  # fmt: skip
 
