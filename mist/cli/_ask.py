@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mist.cli.session import Session
-    from mist.tools.matchspec.graders.hands import Ask, Embed, Hands, Trace
+    from mist.tools.matchspec.asking import Ask
+    from mist.tools.matchspec.graders.hands import Embed, Hands, Trace
     from mist.tools.matchspec.suite import Suite
 
 LOCAL, STREAM = "local", "stream"
@@ -66,12 +67,12 @@ def _needs(suites: Sequence[Suite]) -> tuple[bool, bool, bool]:
 @asynccontextmanager
 async def _in_process(session: Session) -> AsyncIterator[tuple[Ask, Embed]]:
     """The router itself. Questions and answers are recorded by who asks, spans by the router."""
-    from mist.cli.infer import _calls
+    from mist.cli.infer import open_calls
     from mist.protocol.envelope import Envelope
     from mist.tools.infermux.calls import SPAN
     from mist.tools.infermux.handler import answered
 
-    async with _calls(session, record=True) as calls:
+    async with open_calls(session, record=True) as calls:
 
         async def ask(request: Envelope) -> Envelope:
             return await answered(calls, request, SPAN, errors=False)

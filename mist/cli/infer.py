@@ -75,7 +75,7 @@ async def chat(
             else:
                 found = await other.ask(request)
     else:
-        async with _calls(session, record=record) as calls:
+        async with open_calls(session, record=record) as calls:
             found = await _stream(calls, request, session) if stream else await _ask(calls, request)
     out = session.out
     if out.json or not stream:
@@ -236,7 +236,7 @@ def _prices(session: Session) -> Any:
 
 
 @asynccontextmanager
-async def _calls(session: Session, *, record: bool) -> AsyncIterator[Calls]:
+async def open_calls(session: Session, *, record: bool) -> AsyncIterator[Calls]:
     """The router of mist.toml with its ledger, and the record in the streams of `-u`."""
     from mist.tools.infermux.budgets import Ledger
     from mist.tools.infermux.calls import Calls

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mist.cli import main as mist
-from mist.errors import InvalidArgument, MistError, NotFound
+from mist.cli._script import begin, code, served
+from mist.errors import InvalidArgument, NotFound
 
 LISTEN = "127.0.0.1:8600"
 TOOLS = "infermux"
-_SAME = frozenset({0, 1, 2, 130, 143})
 HELP = """\
 Usage: infermux COMMAND [ARGS]...
 
@@ -34,28 +34,19 @@ Usage: infermux COMMAND [ARGS]...
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The console script's entry point."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        _, rest = mist.split_globals(args)
-    except MistError:
-        return _code(mist.main(args))  # it says what is wrong
-    given = args[: len(args) - len(rest)]
-    if not rest or rest[0] in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        sys.stdout.flush()
-        return _code(mist.main(["infer", "--help"]))
-    verb, words = rest[0], rest[1:]
-    if verb in ("version", "--version"):
-        return _code(mist.main([*given, "version", *words]))
+    found = begin(argv, "infer", HELP, code)
+    if isinstance(found, int):
+        return found
+    given, verb, words = found
     words = _config(words)
     if verb == "validate":
         return _validate(words)
     if verb == "serve":
-        return _code(mist.main([*given, "up", *_serve(words)]))
+        return code(mist.main([*given, "up", *_serve(words)]))
     if verb == "infer":
-        return _code(mist.main([*given, "infer", "chat", *_infer(words)]))
-    code = mist.main([*given, "infer", verb, *words])
-    return 2 if verb == "status" and code in (6, 7) else _code(code)
+        return code(mist.main([*given, "infer", "chat", *_infer(words)]))
+    ended = mist.main([*given, "infer", verb, *words])
+    return 2 if verb == "status" and ended in (6, 7) else code(ended)
 
 
 def _config(words: list[str]) -> list[str]:
@@ -75,16 +66,10 @@ def _config(words: list[str]) -> list[str]:
 
 
 def _serve(words: list[str]) -> list[str]:
-    """The arguments of `mist up` for those of `serve`, the seed's `--addr` among them."""
-    out = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        out.append(f"--listen{equals}{value}" if name == "--addr" else word)
+    """The arguments of `mist up` for those of `serve`."""
     if listen := os.environ.get("INFERMUX_LISTEN", ""):
-        out = ["--listen", listen, *out]  # a flag comes later and wins
-    if not any(word.partition("=")[0] == "--tools" for word in out):
-        out += ["--tools", TOOLS]
-    return [*out, "--usual-listen", LISTEN]
+        words = ["--listen", listen, *words]  # a flag comes later and wins
+    return served(words, TOOLS, LISTEN)
 
 
 def _infer(words: list[str]) -> list[str]:
@@ -144,9 +129,3 @@ def _usable(config: object) -> None:
             raise InvalidArgument(f"infermux.prices: {exc.message}") from exc
     Router.from_settings(replace(settings, budgets=()))
     Keys(settings)
-
-
-def _code(code: int) -> int:
-    if code in _SAME:
-        return code
-    return 1 if code == 10 else 3

@@ -8,11 +8,10 @@ matchspec.yml or --output-dir say; not with --no-write).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 from mist.cli import main as mist
-from mist.errors import MistError
+from mist.cli._script import begin
 
 LISTEN = "127.0.0.1:8090"
 HELP = """\
@@ -37,19 +36,10 @@ _CODES = {0: 0, 2: 2, 3: 2, 10: 1, 130: 130, 143: 143}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. The console script's entry point."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        _, rest = mist.split_globals(args)
-    except MistError:
-        return code(mist.main(args))  # it says what is wrong
-    given = args[: len(args) - len(rest)]
-    if not rest or rest[0] in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        sys.stdout.flush()
-        return code(mist.main(["eval", "--help"]))
-    verb, after = rest[0], rest[1:]
-    if verb in ("version", "--version"):
-        return code(mist.main([*given, "version", *after]))
+    begun = begin(argv, "eval", HELP, code)
+    if isinstance(begun, int):
+        return begun
+    given, verb, after = begun
     if verb == "serve":
         return code(mist.main([*given, "up", *_serve(after)]))
     if verb == "run":

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from mist.cli import tokentrace
+from mist.cli._script import served
 from mist.tools.tokentrace.store import Store
 
 from .shell import Shell, publish
@@ -162,7 +163,7 @@ def test_the_console_script_has_its_documents_exit_codes(
 
 def test_serve_is_mist_up_with_the_tools_of_the_store() -> None:
     """The seed's --addr is --listen; tools can still be chosen."""
-    assert tokentrace._serve(["--addr=:1", "-v"]) == [
+    assert served(["--addr=:1", "-v"], tokentrace.TOOLS, tokentrace.LISTEN) == [
         "--listen=:1", "-v", "--tools", tokentrace.TOOLS, "--usual-listen", tokentrace.LISTEN,
     ]  # fmt: skip
-    assert tokentrace._serve(["--addr", ":1", "--tools", "door"])[:4] == ["--listen", ":1", "--tools", "door"]
+    assert served(["--addr", ":1", "--tools", "door"], "", "")[:4] == ["--listen", ":1", "--tools", "door"]

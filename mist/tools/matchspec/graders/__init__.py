@@ -24,9 +24,10 @@ import msgspec
 from msgspec.structs import fields
 
 from mist.errors import Internal, InvalidArgument
+from mist.tools.matchspec.asking import Ask
 from mist.tools.matchspec.graders.base import Base
 from mist.tools.matchspec.graders.budget import Cost, Latency, Tokens
-from mist.tools.matchspec.graders.hands import Ask, Embed, Hands, Trace, equip
+from mist.tools.matchspec.graders.hands import Embed, Hands, Trace, equip
 from mist.tools.matchspec.graders.json import IsJson, JsonPath, JsonSchema
 from mist.tools.matchspec.graders.judge import LlmJudge
 from mist.tools.matchspec.graders.numeric import Numeric

@@ -10,17 +10,13 @@ from typing import TypeVar
 from msgspec import Struct, field
 
 from mist.errors import InvalidArgument
-from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TraceSpan
+from mist.tools.matchspec.asking import Ask
 from mist.tools.matchspec.graders.base import Base
 from mist.tools.matchspec.grading import Grader
 
 G = TypeVar("G", bound=Grader)
 
-Ask = Callable[[Envelope], Awaitable[Envelope]]
-"""`infer.request` -> `infer.response`, or a MistError. The request's id is made from what is asked: equal questions have
-equal ids, so that a recorded answer can be found by it. Who asks over a stream has to look for that first: a stream keeps
-one message of an id."""
 Embed = Callable[[str, list[str]], Awaitable[list[list[float]]]]
 """(model, texts) -> one vector per text."""
 Trace = Callable[[str], Awaitable[Sequence[TraceSpan]]]
@@ -40,7 +36,9 @@ class Verdicts(dict[str, str]):
 
 
 class Hands(Struct, frozen=True, kw_only=True):
-    """`verdicts` keeps the judges' replies; a program that wants them for longer hands in its own. `asking`: one lock per
+    """`ask`: the id of a judge's question is made from what is asked, equal questions have equal ids, so that a recorded answer
+    can be found by it; who asks over a stream has to look for that first, as a stream keeps one message of an id.
+    `verdicts` keeps the judges' replies; a program that wants them for longer hands in its own. `asking`: one lock per
     question under way, so that it is asked once."""
 
     ask: Ask | None = None
