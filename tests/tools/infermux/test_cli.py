@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,9 +245,11 @@ def test_the_three_on_one_broker(spawn: Any, log: str) -> None:
                     return
 
     run(through_the_stream())
-    trace = decode(next(r for r in records(log, "trace")).data).decode().trace_id
-    while not (spans := httpx.get(f"{found['traces']}{trace}", trust_env=False).json()["spans"]):
-        pass
+    while not (recorded := records(log, "trace")):  # calls do not wait for their record, nor the record for the store
+        time.sleep(0.02)
+    trace = decode(recorded[0].data).decode().trace_id
+    while not (spans := httpx.get(f"{found['traces']}{trace}", trust_env=False).json().get("spans")):
+        time.sleep(0.02)
     assert (spans[0]["operation"], spans[0]["model"], spans[0]["cost_usd"]) == (
         "infermux.infer",
         "echo",
