@@ -158,10 +158,25 @@ class Link:
         writer.transport.set_protocol(wire)
         try:
             self._check_open()
-        except Closed:
+            if s.kind == "sentinel":
+                await self._check_primary(wire, address)
+        except BaseException:
             wire.abort()
             raise
         return wire
+
+    async def _check_primary(self, wire: Wire, address: Address) -> None:
+        """Sentinels may still name who was the primary: https://redis.io/docs/latest/develop/reference/sentinel-clients/
+
+        HELLO tells the role to users who may ask for nothing else. Raises Unavailable.
+        """
+        try:
+            (reply,) = await wire.call(pack([("HELLO",)]), 1, self.settings.connect_timeout_s)
+        except (Lost, NotSent) as exc:
+            raise Unavailable(f"redis: {address[0]}:{address[1]} does not say its role: {exc}") from exc
+        told = dict(zip(reply[::2], reply[1::2], strict=False)) if isinstance(reply, list) else {}
+        if told.get(b"role", b"master") != b"master":
+            raise Unavailable(f"redis: {address[0]}:{address[1]} is not the primary any more", hint="try again")
 
     async def wire(self, address: Address, role: str = COMMANDS) -> Wire:
         """The connection to a server in a role, made when there is none."""
@@ -252,6 +267,11 @@ class Link:
             await asyncio.sleep(PAUSE_S)
             await self.look_again()
             return "later"
+        if word == "UNBLOCKED" or "cannot be used with replica instances" in text:
+            # a repeated batch writes nothing, so a primary that became a replica refuses only the wait for others
+            await self.look_again()
+            self._drop(where)
+            return None
         if word == "READONLY" and self.settings.kind != "single":
             # a primary that became a replica: it refused, so the command may go to the new one
             await self.look_again()

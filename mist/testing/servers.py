@@ -165,15 +165,13 @@ def run_nats_cluster(nodes: int = 3, *, sync_interval: str = "always") -> Iterat
 @contextmanager
 def run_redis_pair(*, flavour: str = "", appendfsync: str = "always") -> Iterator[tuple[RedisServer, RedisServer]]:
     """A primary and its replica."""
+    soon = ["--repl-diskless-sync-delay", "0"]  # by default a replica is let wait for others, 5 s
     with _directory("redis-pair") as folder:
         try:
-            primary = redis_server(
-                folder / "primary", flavour=flavour, appendfsync=appendfsync,
-                extra=["--repl-diskless-sync-delay", "0"],  # by default a replica is let wait for others, 5 s
-            )  # fmt: skip
+            primary = redis_server(folder / "primary", flavour=flavour, appendfsync=appendfsync, extra=soon)
             replica = redis_server(
                 folder / "replica", flavour=flavour, appendfsync=appendfsync,
-                extra=["--replicaof", "127.0.0.1", str(primary.port)],
+                extra=[*soon, "--replicaof", "127.0.0.1", str(primary.port)],
             )  # fmt: skip
         except NotFound as exc:
             raise MissingServer(exc.message, hint=exc.hint) from exc

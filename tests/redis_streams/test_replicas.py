@@ -101,7 +101,7 @@ def sentinel(folder: Path, primary: RedisServer) -> Iterator[Sentinel]:
     config = folder / "sentinel.conf"
     config.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {folder}\nsentinel monitor main 127.0.0.1 {primary.port} 1\n"
-        "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 3000\n"
+        "sentinel down-after-milliseconds main 1500\nsentinel failover-timeout main 3000\n"
     )
     server = Sentinel(
         "sentinel", [redis_binary("valkey"), str(config), "--sentinel"],
@@ -164,6 +164,36 @@ def test_a_failover(pair: tuple[RedisServer, RedisServer], tmp_path: Path) -> No
         with Redis(port=watcher.port) as asked:
             eventually(lambda: asked.sentinel_slaves("main"))
         run(body(watcher.url, watcher), 110)
+
+
+def test_a_repeated_batch_behind_a_demoted_primary(pair: tuple[RedisServer, RedisServer], tmp_path: Path) -> None:
+    """What it repeats is known there and not written again, so only the wait for others tells that it is a replica."""
+    primary, replica = pair
+
+    async def body(url: str, asked: Redis) -> None:
+        async with mist.connect(f"{url}?wait_replicas=1&wait_timeout_s=0.5") as broker:
+            stream = await broker.open("s")
+            await stream.append(batch(0))
+            with Redis(port=primary.port) as old, Redis(port=replica.port) as new:
+                new.replicaof("NO", "ONE")
+                old.replicaof("127.0.0.1", replica.port)  # an operator's: the connections stay
+                await asyncio.to_thread(eventually, lambda: old.info("replication")["master_link_status"] == "up")
+            with pytest.raises(Ambiguous, match="0 of 1 replicas"):
+                await stream.append(batch(0))
+            with pytest.raises(Unavailable, match="is not the primary any more"):
+                await stream.append(batch(0))  # the sentinel does not know yet
+            asked.execute_command("SENTINEL", "REMOVE", "main")
+            asked.execute_command("SENTINEL", "MONITOR", "main", "127.0.0.1", replica.port, 1)
+            async with asyncio.timeout(30):
+                while True:
+                    with contextlib.suppress(Ambiguous, Unavailable):
+                        assert await stream.append(batch(0)) == list(range(1, 11))
+                        break
+                    await asyncio.sleep(0.05)
+
+    with sentinel(tmp_path / "sentinel", primary) as watcher, Redis(port=watcher.port) as asked:
+        eventually(lambda: asked.sentinel_slaves("main"))
+        run(body(watcher.url, asked), 60)
 
 
 def whole(client: Redis) -> bool:
