@@ -272,10 +272,12 @@ class Link:
             await self.look_again()
             self._drop(where)
             return None
-        if word == "READONLY" and self.settings.kind != "single":
+        if word == "READONLY":
             # a primary that became a replica: it refused, so the command may go to the new one
             await self.look_again()
             self._drop(where)
+            if self.settings.kind == "single":  # a name may lead elsewhere by the next call
+                return None
             await asyncio.sleep(PAUSE_S)
             return "later"
         return None

@@ -17,6 +17,7 @@ import mist
 from mist.broker.base import Checkpoint, ConsumerConfig, StreamConfig
 from mist.errors import Ambiguous, MistError, Unavailable
 from mist.kit.local import LocalServer, RedisServer, free_port, redis_binary, redis_server
+from mist.testing.proxy import FaultProxy
 from mist.testing.servers import MissingServer, run_redis_pair
 
 from .conftest import missing
@@ -194,6 +195,27 @@ def test_a_repeated_batch_behind_a_demoted_primary(pair: tuple[RedisServer, Redi
     with sentinel(tmp_path / "sentinel", primary) as watcher, Redis(port=watcher.port) as asked:
         eventually(lambda: asked.sentinel_slaves("main"))
         run(body(watcher.url, asked), 60)
+
+
+def test_an_address_that_leads_to_another_primary(pair: tuple[RedisServer, RedisServer]) -> None:
+    """A name or a virtual address moves, the connection made before stays with the old primary until it refuses."""
+    primary, replica = pair
+
+    async def body() -> None:
+        with FaultProxy("127.0.0.1", primary.port) as address:
+            async with mist.connect(address.through(primary.url)) as broker:
+                stream = await broker.open("s")
+                await stream.append(batch(0))
+                with Redis(port=primary.port) as old, Redis(port=replica.port) as new:
+                    eventually(lambda: new.xlen("s") == 10)
+                    new.replicaof("NO", "ONE")
+                    old.replicaof("127.0.0.1", replica.port)
+                address.retarget("127.0.0.1", replica.port)
+                with pytest.raises(Unavailable, match="this server is a replica"):
+                    await stream.append(batch(10))
+                assert await stream.append(batch(10)) == list(range(11, 21))
+
+    run(body(), 30)
 
 
 def whole(client: Redis) -> bool:
