@@ -17,8 +17,6 @@ BITS = 20
 SMALL = 1 << BITS
 OWN_MAX = 1 << 50
 MS_MAX = 1 << 43
-LAST = "18446744073709551615"
-"""The largest part an id may have: `0-LAST` ends our own numbers."""
 
 
 class NoSequence(Conflict):

@@ -62,10 +62,6 @@ class Wire(asyncio.Protocol):
     def alive(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._calls)
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 

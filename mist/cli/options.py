@@ -32,9 +32,6 @@ class GlobalOptions(OptionGroup, frozen=True, kw_only=True):
 
 
 StreamArg = Annotated[str, typer.Argument(metavar="STREAM", help="A stream's name, URL?stream=NAME, or file:PATH.")]
-OptionalStream = Annotated[
-    str, typer.Argument(metavar="STREAM", help="A stream's name, URL?stream=NAME, or file:PATH.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; exit 10 if there is something.")]
 Count = Annotated[int | None, typer.Option("-n", "--count", min=1, metavar="N", help="How many records.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most N.")]

@@ -99,13 +99,6 @@ def since_position(text: str, *, now_ns: int) -> Position:
     return Position("time", max(0, now_ns - round(Duration(text) * 1e9)))
 
 
-class Range(Struct, frozen=True):
-    """A resolved range: read after `after`, up to `to` inclusive (None = no end); `count` first or last records."""
-
-    after: int
-    to: int | None = None
-
-
 async def after_of(position: Position, stream: Stream, checkpoints: Checkpoints | None, info: StreamInfo) -> int:
     """The `after` (exclusive) that makes a reader start with this position's record."""
     match position.kind:

@@ -235,9 +235,6 @@ class Output:
     def strong(self, text: str, *, err: bool = False) -> str:
         return f"\x1b[1m{text}\x1b[0m" if (self.color_err if err else self.color) else text
 
-    def faint(self, text: str) -> str:
-        return f"\x1b[2m{text}\x1b[0m" if self.color else text
-
     def _table(self, rows: Sequence[Row], columns: Sequence[str]) -> str:
         cells = [[escape(cell(row.get(c))) for c in columns] for row in rows]
         numeric = [

@@ -61,7 +61,6 @@ from mist.protocol.ids import new_id
 from mist.protocol.subject import subject_for
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 STREAM = "steps"
 TYPE = "run.step"

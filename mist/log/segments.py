@@ -216,7 +216,7 @@ class Segments:
 
     def walk(
         self, base: int, *, start: int = SEGMENT_HEADER, chain: int | None = None, expected: int | None = None,
-        mark: int, end: int | None = None, skip_slack: bool = True,
+        mark: int, end: int | None = None,
     ) -> Iterator[Block | Gap]:  # fmt: skip
         """Every good block from `start`, and every gap, in order; ends when sequences reach `mark` or the next segment.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterable
 from math import inf, isnan, nan
 from typing import Any
 
@@ -73,8 +72,3 @@ def special(value: dict[str, Any]) -> bytes | float | list[tuple[str, Any]] | No
 
 def _is_pair(pair: Any) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-
-
-def last_wins(pairs: Iterable[tuple[str, Any]], name: Callable[[str], str] = str) -> dict[str, Any]:
-    """Attributes as a map. OTLP wants every key once; of one that comes twice the last value stays."""
-    return {name(key): value for key, value in pairs}
