@@ -378,11 +378,14 @@ class LogBroker(Broker):
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             await stream.retire()
-        state, self._state = self._state, None
         loop = asyncio.get_running_loop()
-        if state is not None:
-            await loop.run_in_executor(self._pool, state.close)
+        await loop.run_in_executor(self._pool, self._close_state)  # behind a call whose caller was cancelled: it may open one
         await loop.run_in_executor(None, self._pool.shutdown)
+
+    def _close_state(self) -> None:
+        state, self._state = self._state, None
+        if state is not None:
+            state.close()
 
 
 class LogStream(Stream):
