@@ -27,6 +27,8 @@ Address = tuple[str, int]
 COMMANDS = "commands"
 WRITES = "writes"
 """Appends that wait for replicas or the disk have a connection of their own: what stands behind a WAIT waits too."""
+ROLE_S = 1.0
+"""How old the knowledge may be that a server which sentinels named is a primary. A demoted one goes on answering reads."""
 REDIRECTS_MAX = 8
 PAUSE_S = 0.05
 
@@ -171,12 +173,12 @@ class Link:
         HELLO tells the role to users who may ask for nothing else. Raises Unavailable.
         """
         try:
-            (reply,) = await wire.call(pack([("HELLO",)]), 1, self.settings.connect_timeout_s)
+            (reply,) = await wire.call(pack([_ROLE]), 1, self.settings.connect_timeout_s)
         except (Lost, NotSent) as exc:
             raise Unavailable(f"redis: {address[0]}:{address[1]} does not say its role: {exc}") from exc
-        told = dict(zip(reply[::2], reply[1::2], strict=False)) if isinstance(reply, list) else {}
-        if told.get(b"role", b"master") != b"master":
+        if not _is_primary(reply):
             raise Unavailable(f"redis: {address[0]}:{address[1]} is not the primary any more", hint="try again")
+        wire.role_at = asyncio.get_running_loop().time()
 
     async def wire(self, address: Address, role: str = COMMANDS) -> Wire:
         """The connection to a server in a role, made when there is none."""
@@ -220,6 +222,10 @@ class Link:
                 await self.look_again()
                 raise
             sent = [c for command in commands for c in (("ASKING",), command)] if asking else commands
+            now = asyncio.get_running_loop().time()
+            doubted = self.settings.kind == "sentinel" and now - wire.role_at > ROLE_S
+            if doubted:  # in the same write: it costs no round trip
+                sent = [_ROLE, *sent]
             try:
                 replies = await wire.call(pack(sent), len(sent), timeout_s or self.settings.timeout_s, begun)
             except NotSent:
@@ -233,6 +239,14 @@ class Link:
                 continue
             if asking:
                 replies = replies[1::2]
+            if doubted:
+                said, *replies = replies
+                wire.role_at = now
+                if not _is_primary(said):
+                    await self.leave(where)
+                    if repeat:  # what it answered may be old; writes it refuses by itself
+                        await asyncio.sleep(PAUSE_S)
+                        continue
             error = first_error(replies)
             if error is None:
                 return replies
@@ -269,18 +283,18 @@ class Link:
             return "later"
         if word == "UNBLOCKED" or "cannot be used with replica instances" in text:
             # a repeated batch writes nothing, so a primary that became a replica refuses only the wait for others
-            await self.look_again()
-            self._drop(where)
+            await self.leave(where)
             return None
         if word == "READONLY" and self.settings.kind != "single":
             # a primary that became a replica: it refused, so the command may go to the new one
-            await self.look_again()
-            self._drop(where)
+            await self.leave(where)
             await asyncio.sleep(PAUSE_S)
             return "later"
         return None
 
-    def _drop(self, address: Address) -> None:
+    async def leave(self, address: Address) -> None:
+        """This server is not the one to ask any more."""
+        await self.look_again()
         for key in [k for k in self._wires if k[0] == address]:
             self._wires.pop(key).abort("another server is the primary now")
 
@@ -291,6 +305,17 @@ class Link:
             wire.abort()
         self._wires.clear()
         await self.look_again()
+
+
+_ROLE: Command = ("HELLO",)
+
+
+def _is_primary(told: Any) -> bool:
+    """From the answer to _ROLE; a server that does not say is taken for one."""
+    return (
+        not isinstance(told, list)
+        or dict(zip(told[::2], told[1::2], strict=False)).get(b"role", b"master") == b"master"
+    )
 
 
 def _place(text: str, beside: Address) -> Address:

@@ -196,6 +196,40 @@ def test_a_repeated_batch_behind_a_demoted_primary(pair: tuple[RedisServer, Redi
         run(body(watcher.url, asked), 60)
 
 
+def test_readers_leave_a_demoted_primary(pair: tuple[RedisServer, RedisServer], tmp_path: Path) -> None:
+    """It goes on answering reads with what it has, and here it hears nothing new: whoever waits there, and whoever only
+    looks, turns to the new primary."""
+    primary, replica = pair
+
+    async def body(url: str, asked: Redis) -> None:
+        async with mist.connect(url) as one, mist.connect(url) as two:
+            looking, waiting = await one.open("s"), await two.open("s")
+            await looking.append(batch(0))
+            assert len((await looking.read()).records) == 10
+
+            async def wait() -> int:
+                while True:
+                    with contextlib.suppress(Unavailable):
+                        return len((await waiting.read(after=10, wait_s=60)).records)
+
+            blocked = asyncio.create_task(wait())
+            with Redis(port=primary.port) as old, Redis(port=replica.port) as new:
+                await asyncio.to_thread(eventually, lambda: old.info("clients")["blocked_clients"] == 1)
+                new.replicaof("NO", "ONE")
+                old.replicaof("127.0.0.1", free_port())  # an operator's: the connections stay
+            asked.execute_command("SENTINEL", "REMOVE", "main")
+            asked.execute_command("SENTINEL", "MONITOR", "main", "127.0.0.1", replica.port, 1)
+            async with asyncio.timeout(20), mist.connect(url) as writer:
+                assert (await (await writer.open("s")).append(batch(10)))[-1] == 20
+                assert await blocked > 0
+                while not (await looking.read(after=10)).records:
+                    await asyncio.sleep(0.05)
+
+    with sentinel(tmp_path / "sentinel", primary) as watcher, Redis(port=watcher.port) as asked:
+        eventually(lambda: asked.sentinel_slaves("main"))
+        run(body(watcher.url, asked), 60)
+
+
 def whole(client: Redis) -> bool:
     """Whether this node knows the other two and all slots."""
     info = client.execute_command("CLUSTER", "INFO")
