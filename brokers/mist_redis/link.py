@@ -221,7 +221,11 @@ class Link:
             except Unavailable:
                 await self.look_again()
                 raise
-            sent = [c for command in commands for c in (("ASKING",), command)] if asking else commands
+            # it holds for one command, or for one transaction
+            each = asking and commands[0] != ("MULTI",)
+            sent = [c for command in commands for c in (_ASKING, command)] if each else commands
+            if asking and not each:
+                sent = [_ASKING, *commands]
             now = asyncio.get_running_loop().time()
             doubted = self.settings.kind == "sentinel" and now - wire.role_at > ROLE_S
             if doubted:  # in the same write: it costs no round trip
@@ -238,7 +242,7 @@ class Link:
                     raise
                 continue
             if asking:
-                replies = replies[1::2]
+                replies = replies[1::2] if each else replies[1:]
             if doubted:
                 said, *replies = replies
                 wire.role_at = now
@@ -279,7 +283,8 @@ class Link:
             return _place(text.split(" ")[2], where)
         if word in ("TRYAGAIN", "CLUSTERDOWN"):
             await asyncio.sleep(PAUSE_S)
-            await self.look_again()
+            if word == "CLUSTERDOWN":
+                await self.look_again()
             return "later"
         if word == "UNBLOCKED" or "cannot be used with replica instances" in text:
             # a repeated batch writes nothing, so a primary that became a replica refuses only the wait for others
@@ -308,6 +313,7 @@ class Link:
 
 
 _ROLE: Command = ("HELLO",)
+_ASKING: Command = ("ASKING",)
 
 
 def _is_primary(told: Any) -> bool:
