@@ -167,6 +167,8 @@ class Ack(Struct):
 
 _error = msgspec.json.Decoder(Answer).decode
 ack_of = msgspec.json.Decoder(Ack).decode
+_QUESTIONS = ("STREAM.INFO.", "STREAM.MSG.GET.", "STREAM.NAMES", "CONSUMER.INFO.", "CONSUMER.NAMES.")
+"""What changes nothing."""
 _RETRIES_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0)
 
 
@@ -188,8 +190,8 @@ class Api:
         *,
         patient: bool = True,
     ) -> T:
-        """One request. Repeats nothing but questions that nobody was there to answer (a cluster without a leader for a
-        moment), and only when `patient`. Raises ApiError and errors of mist.errors."""
+        """One request. Repeats nothing but what nobody was there to take (a cluster without a leader for a moment), when
+        `patient`, and questions that are not answered. Raises ApiError and errors of mist.errors."""
         subject = self.subject(what)
         data = b"" if body is None else msgspec.json.encode(body)
         until = asyncio.get_running_loop().time() + CALL_S
@@ -217,7 +219,8 @@ class Api:
         """Header block and data of the answer. Raises NoAnswer, and errors of mist.errors."""
         what = subject.decode().removeprefix(self.prefix)
         try:
-            frame = await self.link.request(lambda reply: wire.pub(subject, data, reply), until)
+            again = what.startswith(_QUESTIONS)
+            frame = await self.link.request(lambda reply: wire.pub(subject, data, reply), until, again=again)
         except TimeoutError as exc:
             why = self.link.last_error
             if why is not None and "permissions violation" in str(why).lower():

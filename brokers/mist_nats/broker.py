@@ -66,8 +66,7 @@ class NatsBroker(Broker):
             stream = parts[5] if len(parts) > 5 else ""
             if parts[3] == "STREAM" and stream in self.shared:
                 self.shared[stream].doubt = 0
-                for tail in list(self.shared[stream].tails.values()):
-                    tail.die()
+                self.shared[stream].forget()
             for (name, _, consumer), found in list(self.deliveries.items()):
                 if name == stream and (len(parts) < 7 or parts[6] == consumer):
                     found.suspect()
@@ -344,6 +343,5 @@ class NatsBroker(Broker):
         except TimeoutError:
             pass  # what is unanswered by then ends as Ambiguous, below
         for shared in self.shared.values():
-            for tail in list(shared.tails.values()):
-                tail.die()
+            shared.forget()
         await self.link.aclose()

@@ -17,7 +17,7 @@ from mist.errors import Closed, TimedOut, Unavailable
 from mist_nats import wire
 from mist_nats.api import Api
 from mist_nats.headers import read_header
-from mist_nats.link import CALL_S, Lost
+from mist_nats.link import AGAIN_S, CALL_S, Lost
 from mist_nats.wire import Frame
 
 _USUAL = re.compile(
@@ -78,47 +78,12 @@ def record_of(frame: Frame, subjects: Subjects) -> Record:
 
 
 async def get(api: Api, stream: str, request: Request, subjects: Subjects, until: float) -> Batch:
-    """One request. Raises Unavailable, TimedOut, Closed; `api.NoAnswer` is told as Batch.none with more=-1."""
-    link = api.link
-    await link.ready(until)
-    single = not request.batch
-    box = link.inbox()
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    frames: list[Frame] = []
-    end: list[Frame] = []
-
-    def handle(got: list[Frame]) -> None:
-        last = got[-1]
-        if wire.status(last[2]):
-            end.append(got.pop())
-        frames.extend(got)
-        if (end or (single and frames)) and not done.done():
-            done.set_result(None)
-
-    def lost() -> None:
-        if not done.done():
-            done.set_exception(Lost("the connection was lost"))
-
-    box.handler = handle
-    link.on_lost.append(lost)
-    clean = False
-    try:
-        link.send(wire.pub(api.subject(f"DIRECT.GET.{stream}"), msgspec.json.encode(request), box.subject))
-        async with asyncio.timeout_at(until):
-            await done
-        clean = True
-    except TimeoutError as exc:
-        raise TimedOut(f"stream {stream}: read: no answer within {CALL_S:g} s") from exc
-    except Lost as exc:
-        if link.closed:
-            raise Closed("the broker is closed") from exc
-        raise Unavailable(f"stream {stream}: read: the connection was lost") from exc
-    finally:
-        link.on_lost.remove(lost)
-        if clean:
-            link.release(box)
-        else:
-            link.drop(box)
+    """One request, asked again when nobody answers. Raises Unavailable, TimedOut, Closed; that nobody is there is told as
+    Batch.none with more=-1."""
+    answer = None
+    while answer is None:
+        answer = await _ask(api, stream, request, until)
+    frames, end = answer
     if end and wire.status(end[0][2]) not in (204, 404):
         if wire.status(end[0][2]) == 503:
             return Batch([], -1, True)
@@ -131,6 +96,57 @@ async def get(api: Api, stream: str, request: Request, subjects: Subjects, until
         return Batch([], 0, True)
     left = wire.field(end[0][2] if end else frames[-1][2], b"Nats-Num-Pending")
     return Batch(records, int(left) if left.isdigit() else -1)
+
+
+async def _ask(api: Api, stream: str, request: Request, until: float) -> tuple[list[Frame], list[Frame]] | None:
+    """The records and what ended them; None when nothing was heard for AGAIN_S."""
+    link = api.link
+    await link.ready(until)
+    single = not request.batch
+    box = link.inbox()
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[bool] = loop.create_future()
+    frames: list[Frame] = []
+    end: list[Frame] = []
+
+    def handle(got: list[Frame]) -> None:
+        last = got[-1]
+        if wire.status(last[2]):
+            end.append(got.pop())
+        frames.extend(got)
+        if (end or (single and frames)) and not done.done():
+            done.set_result(True)
+
+    def lost() -> None:
+        if not done.done():
+            done.set_exception(Lost("the connection was lost"))
+
+    def quiet() -> None:
+        if not frames and not done.done() and loop.time() < until:
+            done.set_result(False)
+
+    box.handler = handle
+    link.on_lost.append(lost)
+    timer = loop.call_later(AGAIN_S, quiet)
+    answered = False
+    try:
+        link.send(wire.pub(api.subject(f"DIRECT.GET.{stream}"), msgspec.json.encode(request), box.subject))
+        async with asyncio.timeout_at(until):
+            answered = await done
+    except TimeoutError as exc:
+        raise TimedOut(f"stream {stream}: read: no answer within {CALL_S:g} s") from exc
+    except Lost as exc:
+        if link.closed:
+            raise Closed("the broker is closed") from exc
+        raise Unavailable(f"stream {stream}: read: the connection was lost") from exc
+    finally:
+        timer.cancel()
+        link.on_lost.remove(lost)
+        if answered:
+            link.release(box)
+        else:
+            link.drop(box)  # what comes late must not fall into another answer
+    return (frames, end) if answered else None
 
 
 def records_of(frames: list[Frame], subjects: Subjects) -> list[Record]:

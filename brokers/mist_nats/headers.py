@@ -98,23 +98,23 @@ def message_lines(m: Message, id_header: bytes) -> tuple[bytes, bytes]:
 
 _USUAL = b"NATS/1.0\r\nNats-Msg-Id: "
 _USUAL_BYTES = len(_USUAL)
+_BLOCK = rb"NATS/1\.0\r\nNats-Msg-Id: ([!-<>-~][ -~]*)\r\n(?:Nats-Batch-[^\r\n]*\r\n)*\r\n"
+_block_ids = re.compile(_BLOCK).findall
+_blocks = re.compile(b"(?:%b)*" % _BLOCK.replace(b"([!", b"(?:[!")).fullmatch
 
 
 def plain_headers(headers: Sequence[bytes]) -> list[str] | None:
-    """The ids of messages that have an id and no other header, as they are; None when any of them has more to it.
-    The same as `read_header` for each, in a few looks at all of them together."""
-    ids = [h[_USUAL_BYTES:-4] for h in headers]
-    joined = b"\n".join(ids)
-    if (
-        joined.count(b"\n") != len(ids) - 1
-        or b"\r" in joined
-        or b"=" in joined
-        or not joined.isascii()
-        or b"".join([h[:_USUAL_BYTES] for h in headers]) != _USUAL * len(ids)
-        or b"".join([h[-4:] for h in headers]) != b"\r\n\r\n" * len(ids)
-    ):
+    """The ids of messages that have an id and no other header of ours; None when any of them has more to it. The same as
+    `read_header` for each, in a few looks at all of them together."""
+    count, joined = len(headers), b"".join(headers)
+    ids: list[bytes] = _block_ids(joined)
+    # as many blocks as headers, each header begins with one, and nothing lies between: so each is exactly one
+    if len(ids) != count or b"".join([h[:_USUAL_BYTES] for h in headers]) != _USUAL * count:
         return None
-    return joined.decode().split("\n")
+    text = b"\n".join(ids)
+    if len(joined) != count * (_USUAL_BYTES + 3) + len(text) + 1 and not _blocks(joined):
+        return None
+    return text.decode().split("\n")
 
 
 def read_header(header: bytes, data: bytes) -> tuple[str, Headers, bytes]:

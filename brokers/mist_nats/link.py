@@ -37,6 +37,9 @@ VERSIONS = (2, 12), (2, 17)
 
 CALL_S = 10.0
 """How long a call may take in all: waiting for a connection, sending, waiting for the answer."""
+AGAIN_S = 2.0
+"""A question that changes nothing is asked again after this: a server that is killed with it in its hands says nothing, and
+the next leader answers."""
 PING_S = 5.0
 WRITE_BYTES_HIGH = 4 * 1024 * 1024
 CLOSE_S = 1.0
@@ -490,17 +493,22 @@ class Link:
     def forget(self, token: bytes) -> None:
         self._answers.pop(token, None)
 
-    async def request(self, build: Callable[[bytes], bytes], until: float) -> Frame:
-        """Send what `build` makes with a reply subject, and wait. Raises Lost, TimeoutError, Unavailable, Closed."""
-        await self.ready(until)
-        reply, token, answer = self.expect()
-        self.send(build(reply))
-        try:
-            async with asyncio.timeout_at(until):
-                frame = await answer
-        finally:
-            self.forget(token)
-        return frame
+    async def request(self, build: Callable[[bytes], bytes], until: float, *, again: bool = False) -> Frame:
+        """Send what `build` makes with a reply subject, and wait; with `again` send it every AGAIN_S. Raises Lost,
+        TimeoutError, Unavailable, Closed."""
+        while True:
+            await self.ready(until)
+            reply, token, answer = self.expect()
+            self.send(build(reply))
+            end = min(until, self._loop.time() + AGAIN_S) if again else until
+            try:
+                async with asyncio.timeout_at(end):
+                    return await answer
+            except TimeoutError:
+                if end >= until:
+                    raise
+            finally:
+                self.forget(token)
 
 
 def version_of(text: str) -> tuple[int, int]:

@@ -39,6 +39,9 @@ from mist_nats.leases import returned_of
 from mist_nats.link import CALL_S
 from mist_nats.names import META_INCARNATION, TAIL, prefix
 from mist_nats.publish import Publisher
+from mist_nats.running import BATCH as RUN_BATCH
+from mist_nats.running import Run
+from mist_nats.tail import BATCH as TAIL_BATCH
 from mist_nats.tail import Tail
 from mist_nats.wire import rfc3339, settle, time_ns
 
@@ -76,6 +79,7 @@ class Shared:
         self.doubt = 0
         """The connection's generation at which the stream was last seen to be this one; 0: look again."""
         self.tails: dict[tuple[str, ...], Tail] = {}
+        self.run = Run(lambda after: self.tail(ALL, after, batch=RUN_BATCH, dense=True))
         self.update(info, meta)
         atomic = info.config.allow_atomic and self.api.link.version >= (2, 12)
         self.publisher = Publisher(
@@ -106,6 +110,16 @@ class Shared:
     def gone(self) -> None:
         """Deleted by us: every handle and waiter learns it now."""
         self.deleted = True
+        self.forget()
+
+    def tail(self, filters: Sequence[str], after: int, *, batch: int = TAIL_BATCH, dense: bool = False) -> Tail:
+        """A tail at `after`, not started."""
+        name = secrets.token_hex(6)
+        return Tail(self.api, self.raw, self.subjects, filters, after, name, batch=batch, dense=dense)
+
+    def forget(self) -> None:
+        """Nothing that was read ahead is served any more: readers look for themselves."""
+        self.run.end()
         for tail in list(self.tails.values()):
             tail.die()
 
@@ -260,8 +274,7 @@ class NatsStream(Stream):
         filters = ALL if key == ALL else self.shared.filters(key)
         if len(filters) > 1 and self._api.link.version < (2, 10):
             filters = ALL
-        tail = Tail(self._api, self.shared.raw, self.shared.subjects, filters, after, secrets.token_hex(6))
-        tails[key] = tail
+        tail = tails[key] = self.shared.tail(filters, after)
         try:
             await tail.start()
         except ApiError as exc:
@@ -282,7 +295,7 @@ class NatsStream(Stream):
         if not self.shared.batched:
             return await self._look_one_by_one(after, match, limit, bytes_max)
         if match is None:
-            return await self._look_at_all(after, limit, bytes_max)
+            return await self._run(after, limit, bytes_max)
         if len(key) == 1 and self.shared.alone:
             return await self._look_filtered(after, self.shared.filters(key)[0], limit, bytes_max)
         return await self._scan(after, match, limit, bytes_max)
@@ -294,6 +307,20 @@ class NatsStream(Stream):
             await self.state()  # nobody answers for this stream: deleted, most likely
             await asyncio.sleep(LAG_PAUSE_S)
         return batch
+
+    async def _run(self, after: int, limit: int, bytes_max: int) -> Page:
+        """Everything, directly or, in a long replay, as it is delivered."""
+        run = self.shared.run
+        plain = self.shared.followable and not self.shared.holes
+        got = await run.take(after, limit, bytes_max) if plain else None
+        if got is None:
+            page = await self._look_at_all(after, limit, bytes_max)
+            run.passed(after, page, limit)
+            return page
+        records, last, ended = got
+        if ended:  # written since then
+            last = max(last, await self._last())
+        return Page(records, records[-1].sequence, last)
 
     async def _look_at_all(self, after: int, limit: int, bytes_max: int) -> Page:
         batch = await self._batch(seq=after + 1, batch=limit, max_bytes=bytes_max + SLACK, next_by_subj=">")
@@ -473,6 +500,7 @@ class NatsStream(Stream):
             done = await self._api.call(f"STREAM.PURGE.{self.shared.raw}", {"seq": before}, js.Purged)
         except ApiError as exc:
             raise translated(exc, f"stream {self.name}: trim") from exc
+        self.shared.run.end()
         # A purge makes the server (2.15.1) forget what was given back and waits to be delivered: give it back again.
         for ack_prefix, tails in returned_of(self.incarnation, before):
             self._api.link.send(settle(ack_prefix, tails, b"-NAK"))
@@ -497,8 +525,7 @@ class NatsStream(Stream):
                     raise error
             count += sum(map(bool, done))
         if count:
-            for tail in list(self.shared.tails.values()):
-                tail.die()  # it holds records that others may still want: they look for themselves
+            self.shared.forget()
             self._broker.wake(self.shared.raw)
         return count
 

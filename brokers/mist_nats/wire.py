@@ -78,9 +78,10 @@ class Splitter:
         pos, end = 0, len(buf)
         find, frames, run = buf.find, fed.frames, self._run
         sid: bytes = b""
-        box: list[Frame] | None = None
+        box: list[Frame] = []
         while pos < end:
-            if run is not None and buf[pos] == 77 and (found := run(buf, pos)):
+            first = buf[pos]
+            if first == 77 and run is not None and (found := run(buf, pos)):
                 fed.acks += self._ack(buf, pos, found.end())  # type: ignore[misc]
                 pos = found.end()
                 continue
@@ -90,38 +91,34 @@ class Splitter:
                     raise Garbled(f"a line of more than {LINE_BYTES_MAX} bytes")
                 self._missing = 1
                 return pos
-            first = buf[pos]
-            # MSG subject sid [reply] size; HMSG subject sid [reply] header total
+            # HMSG subject sid [reply] header total; MSG subject sid [reply] size
             if first == 72 and buf.startswith(b"HMSG ", pos):
-                part = buf[pos + 5 : eol].split()
-                few = 4
+                few = 5
             elif first == 77 and buf.startswith(b"MSG ", pos):
-                part = buf[pos + 4 : eol].split()
-                few = 3
+                few = 4
             else:
                 fed.lines.append(buf[pos:eol])
                 pos = eol + 2
                 continue
+            part = buf[pos:eol].split()
             try:
                 size = int(part[-1])
-                head = int(part[-2]) if few == 4 else 0
+                head = int(part[-2]) if few == 5 else 0
             except (ValueError, IndexError) as exc:
                 raise Garbled(f"a message without its size: {buf[pos : pos + 80]!r}") from exc
             if not few <= len(part) <= few + 1 or not 0 <= head <= size <= FRAME_BYTES_MAX:
                 raise Garbled(f"not a message: {buf[pos : pos + 80]!r}")
-            start = eol + 2
-            stop = start + size
+            middle = eol + 2 + head
+            stop = eol + 2 + size
             if stop + 2 > end:
                 self._missing = stop + 2 - end
                 return pos
-            if buf[stop : stop + 2] != b"\r\n":
+            if buf[stop] != 13 or buf[stop + 1] != 10:
                 raise Garbled("a message that does not end where it should")
-            if part[1] != sid or box is None:
-                sid, box = part[1], []
+            if part[2] != sid:
+                sid, box = part[2], []
                 frames.append((sid, box))
-            box.append(
-                (part[0], part[2] if len(part) > few else b"", buf[start : start + head], buf[start + head : stop])
-            )
+            box.append((part[1], part[3] if len(part) > few else b"", buf[eol + 2 : middle], buf[middle:stop]))
             pos = stop + 2
         return pos
 

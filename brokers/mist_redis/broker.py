@@ -39,7 +39,7 @@ class RedisBroker(Broker):
     def __init__(self, url: str, link: Link) -> None:
         self.url = url
         self.link = link
-        self.names = Names(link.settings.prefix)
+        self.names = Names(link.settings.prefix, cluster=link.settings.kind == "cluster")
         self.watches = Watches(link)
         self.running: set[asyncio.Task[Any]] = set()
         """Appends under way: close waits for them."""

@@ -27,6 +27,8 @@ Address = tuple[str, int]
 COMMANDS = "commands"
 WRITES = "writes"
 """Appends that wait for replicas or the disk have a connection of their own: what stands behind a WAIT waits too."""
+ROLE_S = 1.0
+"""How old the knowledge may be that a server which sentinels named is a primary. A demoted one goes on answering reads."""
 REDIRECTS_MAX = 8
 PAUSE_S = 0.05
 
@@ -171,12 +173,12 @@ class Link:
         HELLO tells the role to users who may ask for nothing else. Raises Unavailable.
         """
         try:
-            (reply,) = await wire.call(pack([("HELLO",)]), 1, self.settings.connect_timeout_s)
+            (reply,) = await wire.call(pack([_ROLE]), 1, self.settings.connect_timeout_s)
         except (Lost, NotSent) as exc:
             raise Unavailable(f"redis: {address[0]}:{address[1]} does not say its role: {exc}") from exc
-        told = dict(zip(reply[::2], reply[1::2], strict=False)) if isinstance(reply, list) else {}
-        if told.get(b"role", b"master") != b"master":
+        if not _is_primary(reply):
             raise Unavailable(f"redis: {address[0]}:{address[1]} is not the primary any more", hint="try again")
+        wire.role_at = asyncio.get_running_loop().time()
 
     async def wire(self, address: Address, role: str = COMMANDS) -> Wire:
         """The connection to a server in a role, made when there is none."""
@@ -219,7 +221,15 @@ class Link:
             except Unavailable:
                 await self.look_again()
                 raise
-            sent = [c for command in commands for c in (("ASKING",), command)] if asking else commands
+            # it holds for one command, or for one transaction
+            each = asking and commands[0] != ("MULTI",)
+            sent = [c for command in commands for c in (_ASKING, command)] if each else commands
+            if asking and not each:
+                sent = [_ASKING, *commands]
+            now = asyncio.get_running_loop().time()
+            doubted = self.settings.kind == "sentinel" and now - wire.role_at > ROLE_S
+            if doubted:  # in the same write: it costs no round trip
+                sent = [_ROLE, *sent]
             try:
                 replies = await wire.call(pack(sent), len(sent), timeout_s or self.settings.timeout_s, begun)
             except NotSent:
@@ -232,7 +242,15 @@ class Link:
                     raise
                 continue
             if asking:
-                replies = replies[1::2]
+                replies = replies[1::2] if each else replies[1:]
+            if doubted:
+                said, *replies = replies
+                wire.role_at = now
+                if not _is_primary(said):
+                    await self.leave(where)
+                    if repeat:  # what it answered may be old; writes it refuses by itself
+                        await asyncio.sleep(PAUSE_S)
+                        continue
             error = first_error(replies)
             if error is None:
                 return replies
@@ -265,24 +283,30 @@ class Link:
             return _place(text.split(" ")[2], where)
         if word in ("TRYAGAIN", "CLUSTERDOWN"):
             await asyncio.sleep(PAUSE_S)
-            await self.look_again()
+            if word == "CLUSTERDOWN":
+                await self.look_again()
             return "later"
         if word == "UNBLOCKED" or "cannot be used with replica instances" in text:
             # a repeated batch writes nothing, so a primary that became a replica refuses only the wait for others
-            await self.look_again()
-            self._drop(where)
+            await self.leave(where)
             return None
         if word == "READONLY":
             # a primary that became a replica: it refused, so the command may go to the new one
+<<<<<<< HEAD
             await self.look_again()
             self._drop(where)
             if self.settings.kind == "single":  # a name may lead elsewhere by the next call
                 return None
+=======
+            await self.leave(where)
+>>>>>>> brokers
             await asyncio.sleep(PAUSE_S)
             return "later"
         return None
 
-    def _drop(self, address: Address) -> None:
+    async def leave(self, address: Address) -> None:
+        """This server is not the one to ask any more."""
+        await self.look_again()
         for key in [k for k in self._wires if k[0] == address]:
             self._wires.pop(key).abort("another server is the primary now")
 
@@ -293,6 +317,18 @@ class Link:
             wire.abort()
         self._wires.clear()
         await self.look_again()
+
+
+_ROLE: Command = ("HELLO",)
+_ASKING: Command = ("ASKING",)
+
+
+def _is_primary(told: Any) -> bool:
+    """From the answer to _ROLE; a server that does not say is taken for one."""
+    return (
+        not isinstance(told, list)
+        or dict(zip(told[::2], told[1::2], strict=False)).get(b"role", b"master") == b"master"
+    )
 
 
 def _place(text: str, beside: Address) -> Address:

@@ -24,16 +24,19 @@ _TAG = re.compile(r"\{[^}]+\}")
 
 
 class Names:
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, *, cluster: bool = False) -> None:
         self.prefix = prefix
+        self.cluster = cluster
         self.streams = f"{prefix}mist:streams"
         self.positions = f"{prefix}mist:positions"
         self.state = f"{prefix}mist:"
         """Every state key begins so."""
 
-    def keys(self, key: str) -> tuple[str, str]:
-        """What every script takes: the stream's key and its meta hash."""
-        return key, self.beside(key, "meta")
+    def keys(self, key: str) -> tuple[str, ...]:
+        """What every script takes: the stream's key and its meta hash. In a cluster also a key that never is: then no
+        server runs a script while the slot moves, when the keys a script makes names of may be here or there."""
+        both = key, self.beside(key, "meta")
+        return (*both, self.beside(key, "never")) if self.cluster else both
 
     def beside(self, key: str, what: str) -> str:
         """The name of a state key of the stream with this key."""

@@ -55,6 +55,8 @@ class Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._on_lost = on_lost
+        self.role_at = 0.0
+        """The loop time at which its server last said that it is a primary."""
         self.kept: object = None
         """What must live as long as the transport."""
 

@@ -12,8 +12,8 @@ import asyncio
 from typing import Any
 
 from mist.broker.notify import Notifier
-from mist.errors import MistError
-from mist_redis.link import Link
+from mist.errors import MistError, Unavailable
+from mist_redis.link import Address, Link
 from mist_redis.resp import Lost, NotSent, ReplyError, Wire, pack
 
 BLOCK_S = 5.0
@@ -35,6 +35,7 @@ class Watch:
         self._notifier = Notifier()
         self._task: asyncio.Task[None] | None = None
         self._wire: Wire | None = None
+        self._at: Address = ("", 0)
         self._waiting = 0
         self._idle: asyncio.TimerHandle | None = None
         self.last = "0-0"
@@ -92,7 +93,12 @@ class Watch:
 
     async def _once(self) -> None:
         if self._wire is None or not self._wire.alive:
-            self._wire = await self._link.dial(await self._link.address(self._key))
+            try:
+                self._at = await self._link.address(self._key)
+                self._wire = await self._link.dial(self._at)
+            except Unavailable:
+                await self._link.look_again()
+                raise
         last, wake = self.last, self.wake
         frame = pack(
             [("XREAD", "COUNT", KEEP, "BLOCK", int(BLOCK_S * 1000), "STREAMS", self._key, self._wake_key, last, wake)]
@@ -101,7 +107,7 @@ class Watch:
         if reply is None:
             return
         if isinstance(reply, ReplyError):
-            await self._link.look_again()
+            await self._link.leave(self._at)
             self._wire.abort("refused")
             raise NotSent(str(reply))
         came: list[Any] = []

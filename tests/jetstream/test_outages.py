@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
+from typing import cast
 
 import pytest
 
@@ -17,6 +18,7 @@ from mist.protocol.subject import dead_stream
 from mist.testing.conformance.harness import data_of, read_all
 from mist.testing.servers import run_nats, run_nats_cluster
 from mist_nats import link
+from mist_nats.stream import NatsStream
 from tests.conftest import run
 from tests.jetstream.server import shared_url
 
@@ -189,6 +191,38 @@ def test_closing_while_the_server_is_stopped_ends(monkeypatch: pytest.MonkeyPatc
 
     with run_nats(own_process=True) as server:
         run(go(server), 60)
+
+
+def test_a_question_that_died_with_its_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster the server that has the question may be killed, and ours is not: nobody says anything, the next leader
+    would answer. What changes something is not repeated."""
+    monkeypatch.setattr("mist_nats.link.AGAIN_S", 0.05)
+    monkeypatch.setattr("mist_nats.direct.AGAIN_S", 0.05)
+    gone: list[bytes] = []
+
+    async def go() -> None:
+        async with mist.connect(shared_url()) as broker:
+            stream = cast(NatsStream, await broker.open(f"again-{secrets.token_hex(4)}"))
+            await stream.append([Message("a", b"x")])
+            send = stream.shared.api.link.send
+
+            def dies(data: bytes) -> None:
+                if any(q in data and not any(q in g for g in gone) for q in (b"STREAM.INFO", b"DIRECT.GET", b"PURGE")):
+                    gone.append(data)
+                else:
+                    send(data)
+
+            monkeypatch.setattr(stream.shared.api.link, "send", dies)
+            async with asyncio.timeout(5):
+                assert (await stream.info()).last == 1
+                assert len((await stream.read()).records) == 1
+            monkeypatch.setattr("mist_nats.api.CALL_S", 0.2)
+            with pytest.raises(TimedOut):
+                await stream.trim(before=2)
+            assert len(gone) == 3
+            await broker.delete(stream.name)
+
+    run(go())
 
 
 def test_attempts_are_used_up_over_a_crash() -> None:

@@ -189,6 +189,9 @@ HEADER = st.one_of(
             b"", b"NATS/1.0\r\n\r\n", b"NATS/1.0\r\na: b\r\n\r\n", b"NATS/1.0 404 No\r\n\r\n",
             b"NATS/1.0\r\nNats-Msg-Id: a\r\nb: c\r\n\r\n", b"NATS/1.0\r\nNats-Msg-Id: \xff\r\n\r\n", b"\r\n\r\n",
             b"NATS/1.0\r\nNats-Msg-Id: =41\r\n\r\n",
+            b"NATS/1.0\r\nNats-Msg-Id: a\r\nNats-Batch-Id: b\r\nNats-Batch-Sequence: 1\r\n\r\n",
+            b"NATS/1.0\r\nNats-Msg-Id: a\r\nNats-Batch-Id: b\r\n\r\nb: c\r\n\r\n",
+            2 * b"NATS/1.0\r\nNats-Msg-Id: a\r\n\r\n",
         )
     ),
 )  # fmt: skip
