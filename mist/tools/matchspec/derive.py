@@ -23,7 +23,6 @@ from mist.broker.base import SEQUENCE_MAX, Broker, Message, Record, Stream
 from mist.errors import Conflict, InvalidArgument, NotFound
 from mist.kit.prices import Prices
 from mist.tools.matchspec.asking import Answer, request_id
-from mist.tools.matchspec.judging import Judge
 from mist.tools.matchspec.manifest import changed_parts, differences
 from mist.tools.matchspec.models import at_once
 from mist.tools.matchspec.recorded import Recalled, Shelf
@@ -115,14 +114,14 @@ async def rescore(
     parent = Parent(run=source, how="rescore", taken=0, changed=changed_parts(head.manifest, suite))
     runner = Runner(broker, stream, suite, run, stop=stop, on_progress=on_progress)
     await runner.begin(parent, "")
-    await _rescored(runner, suite, outputs, run)
+    await _rescored(runner, suite, outputs)
     return await runner.outcome(collect)
 
 
-async def _rescored(runner: Runner, suite: Suite, outputs: Shelf, run: str) -> None:
+async def _rescored(runner: Runner, suite: Suite, outputs: Shelf) -> None:
     try:
         for harness in suite.harnesses:
-            judge = Judge(suite.name, harness, run)
+            judge = runner.judge(harness)
             messages: list[Message] = []
             for index, sample, epoch, _slot in runner.items(harness):
                 key = sample_key(harness.name, sample)

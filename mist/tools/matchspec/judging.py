@@ -15,7 +15,7 @@ from mist.errors import InvalidArgument, MistError, TimedOut
 from mist.tools.matchspec.asking import Answer
 from mist.tools.matchspec.grading import Asking, GradeInput, Grader, Pure, Score, Verdict, combine, failed, score_of
 from mist.tools.matchspec.results import ErrorKind, Result
-from mist.tools.matchspec.suite import Harness, Sample, sample_key
+from mist.tools.matchspec.suite import Harness, Sample, cluster_of, sample_key
 
 OUTPUT_CHARS_MAX = 64 * 1024
 EXCERPT_CHARS_MAX = 1000
@@ -23,10 +23,17 @@ EXCERPT_CHARS_MAX = 1000
 
 
 class Judge:
-    """One harness of one run. `baseline(key, epoch)` is the score to compare with, None where there is none."""
+    """One harness of one run. `baseline(key, epoch)` is the score to compare with, None where there is none; `cluster` the
+    field of the metadata that the gate clusters by."""
 
     def __init__(
-        self, suite: str, harness: Harness, run: str, *, baseline: Callable[[str, int], float | None] | None = None
+        self,
+        suite: str,
+        harness: Harness,
+        run: str,
+        *,
+        baseline: Callable[[str, int], float | None] | None = None,
+        cluster: str = "",
     ) -> None:
         self.suite = suite
         self.harness = harness
@@ -35,6 +42,7 @@ class Judge:
         self._label = harness.label
         self._weighted = harness.weights is not None
         self._baseline = baseline
+        self._cluster = cluster
         self._of: dict[tuple[str, ...], tuple[Grader, ...]] = {(): tuple(harness.graders)}
 
     def graders(self, sample: Sample) -> tuple[Grader, ...]:
@@ -108,7 +116,7 @@ class Judge:
             error=error, run=self.run, harness=self.harness.name, model=self._label, key=key, index=index, epoch=epoch,
             scores=[Score(g.name, 0.0, False, "", "no output") for g in self.graders(sample)], error_kind=kind,
             input=sample.input[:EXCERPT_CHARS_MAX], expected=sample.expected[-EXCERPT_CHARS_MAX:], tags=sample.tags,
-            attempts=attempts, request_id=request_id,
+            attempts=attempts, request_id=request_id, cluster=self._cluster_of(sample),
         )  # fmt: skip
 
     def _result(
@@ -163,7 +171,11 @@ class Judge:
             latency_ms=told.latency_ms if told else None,
             request_id=told.request_id if told else "",
             trace_id=told.trace_id if told else "",
+            cluster=self._cluster_of(sample),
         )
+
+    def _cluster_of(self, sample: Sample) -> str:
+        return cluster_of(sample, self._cluster) if self._cluster else ""
 
 
 def grade(suite: str, harness: Harness, sample: Sample, run: str, *, index: int = 0, epoch: int = 1) -> Result:

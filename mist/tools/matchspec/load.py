@@ -31,7 +31,7 @@ from mist.tools.matchspec.specs.harness import gate_of, harness_of, harness_sett
 from mist.tools.matchspec.specs.models import answers_by_model, model_of
 from mist.tools.matchspec.specs.reading import Reading, yaml_document
 from mist.tools.matchspec.specs.samples import complaints, fields_of, rows_of, unknown_graders
-from mist.tools.matchspec.suite import Harness, Recorded, Suite, read_text, suite_of
+from mist.tools.matchspec.suite import Harness, Recorded, Suite, cluster_of, read_text, suite_of
 
 GATE_KEYS = ("thresholds", "statistics", "gate")
 HEAD = ("defaults", "output", "statistics", "concurrency", "timeout_seconds", "log_level")
@@ -176,7 +176,7 @@ def _suite(table: Table, path: Path, reading: Reading) -> Suite | None:
         return None
     return _checked(
         lambda: suite_of(name, harnesses, where=str(path), gate=gate, description=description, tags=tags, seed=seed),
-        table, harnesses, reading,
+        table, harnesses, gate.cluster, reading,
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def _alone(table: Table, path: Path, reading: Reading) -> Suite | None:
         lambda: suite_of(
             harness.name, [harness], where=str(path), gate=gate, description=harness.description, tags=tags, seed=seed
         ),
-        table, [harness], reading,
+        table, [harness], gate.cluster, reading,
     )  # fmt: skip
 
 
@@ -264,11 +264,13 @@ def _toml(table: Table, path: Path, reading: Reading) -> Suite | None:
     description = settings["description"]
     return _checked(
         lambda: suite_of(name, harnesses, where=str(path), gate=gate, description=description, tags=tags, seed=seed),
-        table, harnesses, reading,
+        table, harnesses, gate.cluster, reading,
     )  # fmt: skip
 
 
-def _checked(make: Callable[[], Suite], table: Table, harnesses: Sequence[Harness], reading: Reading) -> Suite | None:
+def _checked(
+    make: Callable[[], Suite], table: Table, harnesses: Sequence[Harness], cluster: str, reading: Reading
+) -> Suite | None:
     """The suite; or, when its checks refuse it, the samples that are to blame, each in its line."""
     before = reading.problems.seen
     try:
@@ -276,13 +278,16 @@ def _checked(make: Callable[[], Suite], table: Table, harnesses: Sequence[Harnes
     except MistError as exc:
         for harness in harnesses:
             if isinstance(harness.samples, Rows):
-                _blame(harness.samples, harness, reading.problems)
+                _blame(harness.samples, harness, cluster, reading.problems)
         if reading.problems.seen == before:
-            table.wrong(exc.message.removeprefix(f"{table.doc.file}: "), exc.hint)
+            key = exc.meta.get("key", "")
+            table.wrong(
+                exc.message.removeprefix(f"{table.doc.file}: "), exc.hint, key=key if key in table.value else ""
+            )
     return None
 
 
-def _blame(rows: Rows, harness: Harness, problems: Problems) -> None:
+def _blame(rows: Rows, harness: Harness, cluster: str, problems: Problems) -> None:
     names = [g.name for g in harness.graders]
     seen: dict[str, int] = {}
     file = str(rows.path)
@@ -298,6 +303,11 @@ def _blame(rows: Rows, harness: Harness, problems: Problems) -> None:
         seen.setdefault(found.id, line)
         said.extend(unknown_graders(found, names))
         said.extend(complaints(found, harness.graders, rows.fields.expected))
+        if cluster:
+            try:
+                cluster_of(found, cluster)
+            except InvalidArgument as exc:
+                said.append((f"sample {found.id}: {exc.message}", exc.hint))
         for message, hint in said:
             problems.add(rows.problem(line, message, hint))
 

@@ -128,6 +128,8 @@ class Result(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     attempts: int = 1
     request_id: str = ""
     trace_id: str = ""
+    cluster: str = ""
+    """What the gate's `cluster` is for this sample."""
 
 
 class Brief(Struct, frozen=True, kw_only=True, gc=False):

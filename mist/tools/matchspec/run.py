@@ -304,11 +304,7 @@ class Runner:
             for harness in self.suite.harnesses:
                 if self.ended():
                     break
-                compare = None
-                if self._scores is not None:
-                    scores = self._scores
-                    compare = lambda key, epoch, scores=scores: scores.get((key, epoch))  # noqa: E731
-                judge = Judge(self.suite.name, harness, self.run, baseline=compare)
+                judge = self.judge(harness)
                 known = at_once(harness)
                 if known is not None and not judge.asks:
                     await self._at_once(harness, judge, known)
@@ -316,6 +312,11 @@ class Runner:
                     await self._asking(harness, judge, known)
         finally:
             await self.save_cursor(force=True)
+
+    def judge(self, harness: Harness) -> Judge:
+        scores = self._scores
+        compare = None if scores is None else lambda key, epoch: scores.get((key, epoch))
+        return Judge(self.suite.name, harness, self.run, baseline=compare, cluster=self.suite.gate.cluster)
 
     def ended(self) -> bool:
         """Whether nothing new is to be begun; then `why` says it."""

@@ -28,6 +28,8 @@ RESAMPLES = 1000
 DRAWN_MAX = 1000
 """Up to so many values (or clusters) the bootstrap is drawn."""
 SEED = 20260131
+FLAT = 1e-9
+"""Clusters whose sums differ by less than this from what the mean says do not vary."""
 MCNEMAR_EXACT_MAX = 10_000
 """Up to so many changed samples McNemar's test is exact; above, the normal approximation agrees to three digits."""
 _NORMAL = NormalDist()
@@ -142,6 +144,11 @@ def standard_error(values: Sequence[float], clusters: Sequence[Hashable] | None 
     return sqrt(fsum(r * r for r in off) * g / (g - 1)) / len(values) if g > 1 else None
 
 
+def count_clusters(clusters: Sequence[Hashable] | None, n: int) -> int:
+    """How many independent things were drawn."""
+    return n if clusters is None else len(set(clusters))
+
+
 def bootstrap(
     values: Sequence[float],
     clusters: Sequence[Hashable] | None = None,
@@ -167,12 +174,13 @@ def bootstrap(
 def score_interval(
     scores: Sequence[float], clusters: Sequence[Hashable] | None = None, *, confidence: float = CONFIDENCE
 ) -> Interval:
-    """The interval of a mean of scores in 0..1: the bootstrap's, or, where all scores are equal and it would claim to know
-    everything, Wilson's: no set of scores in 0..1 with this mean spreads more than one of zeros and ones."""
-    mean_of(scores)
-    if min(scores) == max(scores) and 0 <= scores[0] <= 1:
-        n = len(scores) if clusters is None else len(set(clusters))
-        return wilson(scores[0] * n, n, confidence)
+    """The interval of a mean of scores in 0..1: the bootstrap's, or, where nothing varies (all scores, or those of the
+    clusters as a whole) and it would claim to know everything, Wilson's over what was drawn: no set of scores in 0..1 with
+    this mean spreads more than one of zeros and ones."""
+    mean = mean_of(scores)
+    if min(scores) >= 0 and max(scores) <= 1 and max(map(abs, _residuals(scores, mean, clusters))) < FLAT:
+        n = count_clusters(clusters, len(scores))
+        return wilson(min(1.0, mean) * n, n, confidence)
     return bootstrap(scores, clusters, confidence=confidence)
 
 
