@@ -349,9 +349,9 @@ def test_what_clusters_is_in_every_sample_and_in_the_digest(tmp_path: Path) -> N
     assert [shapes.cluster_of(s, "document") for s in suite.harnesses[0].samples] == ["0", "0", "1", "1"]
     path.write_text(text)
     assert load(path, env={"MATCHSPEC_STATISTICS_CLUSTER": "document"}).suites[0].digest == suite.digest
-    data.write_text(data.read_text().replace('"document": 1', '"dokument": 1'))
+    data.write_text(data.read_text().replace('"document": 1', '"documents": 1'))
     path.write_text(text + "statistics: {cluster: document}\n")
-    said = "sample 2: no 'document' in the metadata, by which the gate clusters. did you mean 'dokument'?"
+    said = "sample 2: no 'document' in the metadata, by which the gate clusters. did you mean 'documents'?"
     assert [str(p).splitlines()[0] for p in validate([path])] == [
         f"{data}:{n}:1: {said.replace('2', str(n - 1), 1)}" for n in (3, 4)
     ]
