@@ -14,15 +14,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from itertools import islice
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from mist.broker.base import SEQUENCE_MAX, Broker, Message, Record, Stream
+from mist.broker.base import SEQUENCE_MAX, Broker, Record, Stream
 from mist.errors import Conflict, InvalidArgument, NotFound
+from mist.kit.parallel import Pool
 from mist.kit.prices import Prices
 from mist.tools.matchspec.asking import Answer, request_id
+from mist.tools.matchspec.judging import Judge
 from mist.tools.matchspec.manifest import changed_parts, differences
 from mist.tools.matchspec.models import at_once
 from mist.tools.matchspec.recorded import Recalled, Shelf
@@ -39,8 +42,8 @@ from mist.tools.matchspec.results import (
     records,
     result_of,
 )
-from mist.tools.matchspec.run import Outcome, Runner, run_suite
-from mist.tools.matchspec.suite import Infer, Suite, sample_key
+from mist.tools.matchspec.run import WAITING_MAX, Item, Outcome, Runner, run_suite
+from mist.tools.matchspec.suite import Harness, Infer, Suite, sample_key
 
 CHARS_PER_TOKEN = 4
 """A rule of thumb for English, used where nothing better is known, and said so."""
@@ -122,30 +125,29 @@ async def _rescored(runner: Runner, suite: Suite, outputs: Shelf) -> None:
     try:
         for harness in suite.harnesses:
             judge = runner.judge(harness)
-            messages: list[Message] = []
-            for index, sample, epoch, _slot in runner.items(harness):
+
+            async def one(item: Item, judge: Judge = judge, harness: Harness = harness) -> Result:
+                index, sample, epoch, _ = item
                 key = sample_key(harness.name, sample)
                 record = await outputs.get(_place(harness.name, sample.id, epoch))
                 stored = result_of(record) if record is not None else None
                 if stored is None or stored.result.task != sample.id:
-                    result = judge.error(sample, key, index, epoch, "no recorded output", "no_answer")
-                elif stored.result.output_cut:
-                    result = judge.error(sample, key, index, epoch, "the recorded output was cut", "no_answer")
-                else:
-                    answer = _answer_of(stored.result)
-                    if judge.asks:
-                        result = await judge.asking(sample, answer, key, index, epoch, timeout_s=harness.timeout_s)
-                    else:
-                        result = judge.at_once(sample, answer, key, index, epoch)
-                messages.append(runner.message(result, retried=False))
-                if len(messages) >= runner.batch:
-                    await runner.store(messages)
-                    messages = []
-                    if runner.ended():
-                        return
-            if messages:
-                await runner.store(messages)
-            if runner.ended():
+                    return judge.error(sample, key, index, epoch, "no recorded output", "no_answer")
+                if stored.result.output_cut:
+                    return judge.error(sample, key, index, epoch, "the recorded output was cut", "no_answer")
+                answer = _answer_of(stored.result)
+                result = None if judge.asks else judge.at_once(sample, answer, key, index, epoch)
+                if result is None:
+                    result = await judge.asking(sample, answer, key, index, epoch, timeout_s=harness.timeout_s)
+                return result
+
+            pool = Pool(harness.concurrency)
+            size = harness.concurrency * WAITING_MAX if judge.slow else runner.batch
+            items = runner.items(harness)
+            while not runner.ended() and (some := list(islice(items, size))):
+                found = await pool.map(one, some) if judge.slow else [await one(item) for item in some]
+                await runner.store([runner.message(result, retried=False) for result in found])
+            if runner.why:
                 return
     finally:
         await runner.save_cursor(force=True)

@@ -1,7 +1,9 @@
 """What a grader is: values in, a verdict out; and how the verdicts of one sample become its score.
 
-A grader is pure (`grade`), or it has to ask somebody (`grade_async`: a judge, embeddings, traces); never both. What no
-grader can do is pass by accident: one that fails is an error of the sample, which `negate` does not turn round.
+A grader is pure (`grade`), or it has to ask somebody, or takes its time (`grade_async`: a judge, embeddings, traces, a
+user's function). A pure one whose time depends on what is graded says so (`heavy`), and is then asked where it can be, else
+called in a thread: nobody else's sample waits for it. What no grader can do is pass by accident: one that fails,
+or takes too long, is an error of the sample, which `negate` does not turn round.
 """
 
 from __future__ import annotations
@@ -74,6 +76,14 @@ class Pure(Grader, Protocol):
     """Decides by itself, at once."""
 
     def grade(self, given: GradeInput) -> Verdict: ...
+
+
+@runtime_checkable
+class Heavy(Pure, Protocol):
+    """Decides by itself, and mostly at once."""
+
+    def heavy(self, given: GradeInput) -> bool:
+        """Whether this one may take longer than others should wait (some 10 ms). `grade` is then called in a thread."""
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """From an answer to a result: the graders of one harness, applied.
 
-Pure but for graders that ask somebody. A grader that fails makes an error of the sample, never a pass: `error_kind` tells
-the model's failures from the graders'.
+Pure but for graders that ask somebody, or that take their time and are called in a thread. A grader that fails, or takes
+too long, makes an error of the sample, never a pass: `error_kind` tells the model's failures from the graders'.
 """
 
 from __future__ import annotations
@@ -10,12 +10,25 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
-from mist.errors import InvalidArgument, MistError, TimedOut
+from mist.errors import MistError, TimedOut
+from mist.kit.aside import aside
 from mist.tools.matchspec.asking import Answer
-from mist.tools.matchspec.grading import Asking, GradeInput, Grader, Pure, Score, Verdict, combine, failed, score_of
+from mist.tools.matchspec.grading import (
+    Asking,
+    GradeInput,
+    Grader,
+    Heavy,
+    Pure,
+    Score,
+    Verdict,
+    combine,
+    failed,
+    score_of,
+)
 from mist.tools.matchspec.results import ErrorKind, Result
-from mist.tools.matchspec.suite import Harness, Sample, cluster_of, sample_key
+from mist.tools.matchspec.suite import Harness, Sample, cluster_of
 
 OUTPUT_CHARS_MAX = 64 * 1024
 EXCERPT_CHARS_MAX = 1000
@@ -38,7 +51,14 @@ class Judge:
         self.suite = suite
         self.harness = harness
         self.run = run
-        self.asks = any(isinstance(g, Asking) for g in harness.graders)
+        # by name, once: looking at a protocol takes longer than most graders do
+        self._asking = {g.name: g for g in harness.graders if isinstance(g, Asking)}
+        self._pure = {g.name: g for g in harness.graders if isinstance(g, Pure)}
+        self._heavy = {g.name: g for g in harness.graders if isinstance(g, Heavy)}
+        self.asks = len(self._pure) < len(harness.graders)
+        """Whether every sample needs `asking`."""
+        self.slow = self.asks or bool(self._heavy)
+        """Whether some sample may need it."""
         self._label = harness.label
         self._weighted = harness.weights is not None
         self._baseline = baseline
@@ -52,13 +72,16 @@ class Judge:
             self._of[sample.graders] = found
         return found
 
-    def at_once(self, sample: Sample, answer: Answer | str | None, key: str, index: int, epoch: int) -> Result:
-        """The result where every grader is pure. None: there is no answer."""
+    def at_once(self, sample: Sample, answer: Answer | str | None, key: str, index: int, epoch: int) -> Result | None:
+        """The result where every grader is pure; None where one of them may take its time with this one, so that it is for
+        `asking`. No `answer`: there is none, an error."""
         began = time.perf_counter_ns()
         if answer is None:
             return self.error(sample, key, index, epoch, "no recorded answer", "no_answer")
         graders = self.graders(sample)
         given = _given(sample, answer)
+        if self._heavy and any(self._takes_time(g, given) for g in graders):
+            return None
         scores = []
         compared = None
         for g in graders:
@@ -74,7 +97,7 @@ class Judge:
     async def asking(
         self, sample: Sample, answer: Answer | str | None, key: str, index: int, epoch: int, *, timeout_s: float
     ) -> Result:
-        """The same where some graders have to ask somebody, each for no longer than `timeout_s`."""
+        """The same where some graders have to ask somebody or take their time, each for no longer than `timeout_s`."""
         began = time.perf_counter_ns()
         if answer is None:
             return self.error(sample, key, index, epoch, "no recorded answer", "no_answer")
@@ -84,18 +107,26 @@ class Judge:
         compared = None
         for g in graders:
             try:
-                if isinstance(g, Asking):
-                    verdict = await _in_time(g.grade_async(given), timeout_s)
-                elif isinstance(g, Pure):
-                    verdict = g.grade(given)
+                asked = self._asking.get(g.name)
+                if asked is not None:
+                    verdict = await _in_time(asked.grade_async(given), timeout_s)
+                elif self._takes_time(g, given):
+                    verdict = await _in_time(aside(partial(self._pure[g.name].grade, given)), timeout_s)
                 else:
-                    raise InvalidArgument(f"grader {g.name} neither grades nor asks")
+                    verdict = self._pure[g.name].grade(given)
                 scores.append(score_of(g, verdict))
                 if compared is None:
                     compared = verdict.answer
             except Exception as exc:  # as above
                 scores.append(failed(g, _why(exc)))
         return self._result(sample, answer, key, index, epoch, graders, scores, compared, began)
+
+    def _takes_time(self, grader: Grader, given: GradeInput) -> bool:
+        heavy = self._heavy.get(grader.name)
+        try:
+            return heavy is not None and heavy.heavy(given)
+        except Exception:  # what is wrong says `grade`, and the sample pays
+            return False
 
     def error(
         self,
@@ -176,17 +207,6 @@ class Judge:
 
     def _cluster_of(self, sample: Sample) -> str:
         return cluster_of(sample, self._cluster) if self._cluster else ""
-
-
-def grade(suite: str, harness: Harness, sample: Sample, run: str, *, index: int = 0, epoch: int = 1) -> Result:
-    """Judge one recorded answer by pure graders."""
-    from mist.tools.matchspec.models import at_once
-
-    known = at_once(harness)
-    judge = Judge(suite, harness, run)
-    if known is None or judge.asks:
-        raise InvalidArgument(f"harness {harness.name}: somebody has to be asked")
-    return judge.at_once(sample, known(sample), sample_key(harness.name, sample), index, epoch)
 
 
 def _given(sample: Sample, answer: Answer | str) -> GradeInput:

@@ -48,6 +48,7 @@ from mist.errors import (
     Unavailable,
     Unsupported,
 )
+from mist.kit.aside import aside
 from mist.protocol.codec import decode_foreign, encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_RESPONSE
@@ -404,7 +405,7 @@ class _Function:
             if inspect.iscoroutinefunction(self._call):
                 output = await self._call(q.prompt)
             else:
-                output = await asyncio.to_thread(self._call, q.prompt)
+                output = await aside(lambda: self._call(q.prompt))
         except MistError:
             raise
         except Exception as exc:  # somebody else's code may raise anything

@@ -68,6 +68,10 @@ from mist.transport.stream import open_place
 
 BATCH = 512
 BATCH_BYTES_MAX = 4 * 1024 * 1024
+WAITING_MAX = 4
+"""For each one judged at a time, so many may be done or wait before they are caught up with."""
+STORE_EVERY_S = 0.5
+"""What takes a grader its time is stored at least so often, as far as it is finished."""
 INFER_STREAM = "infer"
 QUESTIONS_STREAM = "infer-requests"
 CURSOR_EVERY_S = 0.5
@@ -174,6 +178,8 @@ async def run_suite(
 
 Item = tuple[int, Sample, int, int]
 """Index, sample, epoch, slot."""
+_LATER = Message("", b"")
+"""Stands where a result is still to come."""
 
 
 class Runner:
@@ -337,12 +343,33 @@ class Runner:
         return bool(self.why)
 
     async def _at_once(self, harness: Harness, judge: Judge, known: Callable[[Sample], Answer | str | None]) -> None:
-        """Answers that are there, and graders that decide at once: a batch is judged while the one before is stored."""
+        """Answers that are there, and graders that decide at once: a batch is judged while the one before is stored. What
+        takes a grader its time is judged at the end of the batch, `concurrency` samples at a time."""
         storing: asyncio.Task[list[int]] | None = None
         stored = 0
         messages: list[Message] = []
+        later: list[tuple[int, Item, str]] = []
+        later_max = WAITING_MAX * harness.concurrency
         size = 0
+        handed_over = self.clock()
         name, errors = harness.name, self.counting.errors
+
+        async def slowly(waiting: Iterator[tuple[int, Item, str]]) -> None:
+            nonlocal size
+            for at, (index, sample, epoch, slot), key in waiting:
+                result = await judge.asking(sample, known(sample), key, index, epoch, timeout_s=harness.timeout_s)
+                if slot not in errors or not result.error:
+                    message = messages[at] = self.message(result, retried=slot in errors)
+                    size += len(message.data)
+
+        async def catch_up() -> None:
+            """The messages of those that were put off, each in its place."""
+            nonlocal later
+            waiting = iter(later)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(harness.concurrency, len(later))):
+                    group.create_task(slowly(waiting))
+            later = []
 
         async def settle() -> None:
             nonlocal storing
@@ -351,10 +378,15 @@ class Runner:
                 await self._stored(await task, stored)
 
         async def hand_over() -> None:
-            nonlocal storing, stored, messages, size
+            nonlocal storing, stored, messages, size, handed_over
+            if later:
+                await catch_up()
             await settle()
-            batch, messages, size = messages, [], 0
+            batch, messages, size = [m for m in messages if m is not _LATER] if judge.slow else messages, [], 0
+            handed_over = self.clock()
             stored = len(batch)
+            if not batch:
+                return
             storing = asyncio.create_task(self._append(batch))
             if self._limiter is not None:
                 await settle()
@@ -362,16 +394,26 @@ class Runner:
             await asyncio.sleep(0)  # let the append begin before the next batch is judged
 
         try:
-            for index, sample, epoch, slot in self.items(harness):
+            for item in self.items(harness):
+                index, sample, epoch, slot = item
                 key = sample_key(name, sample)
                 result = judge.at_once(sample, known(sample), key, index, epoch)
                 retried = slot in errors
-                if retried and result.error:
+                if result is None:
+                    later.append((len(messages), item, key))
+                    message = _LATER
+                elif retried and result.error:
                     continue  # the old result stays
-                message = self.message(result, retried=retried)
+                else:
+                    message = self.message(result, retried=retried)
                 messages.append(message)
                 size += len(message.data)
-                if len(messages) >= self.batch or size >= BATCH_BYTES_MAX:
+                if len(later) >= later_max:
+                    await catch_up()
+                    due = self.clock() - handed_over >= STORE_EVERY_S or self.ended()
+                else:
+                    due = False
+                if due or len(messages) >= self.batch or size >= BATCH_BYTES_MAX:
                     await hand_over()
                     if self.ended():
                         break
@@ -548,7 +590,7 @@ class Runner:
 @contextlib.asynccontextmanager
 async def _publishing(stream: Stream, harness: Harness) -> AsyncIterator[Publisher]:
     """A batching window. Where the run ends by an error, that one is raised and not what became of the window."""
-    publisher = Publisher(stream, pending_max=harness.concurrency * 4)
+    publisher = Publisher(stream, pending_max=harness.concurrency * WAITING_MAX)
     try:
         yield publisher
     except BaseException:
