@@ -122,6 +122,8 @@ def combine(scores: Sequence[Score], weights: Sequence[float] | None, pass_score
     (those of weight 0 only inform), or the score reaches `pass_score` where the harness has one. An error never passes."""
     if not scores:
         return False, 0.0
+    if len(scores) == 1 and weights is None and pass_score is None:
+        return scores[0].passed, scores[0].score
     if weights is None:
         score = sum(s.score for s in scores) / len(scores)
         passed = all(s.passed for s in scores)

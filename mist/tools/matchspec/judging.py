@@ -33,6 +33,8 @@ from mist.tools.matchspec.suite import Harness, Sample, cluster_of
 OUTPUT_CHARS_MAX = 64 * 1024
 EXCERPT_CHARS_MAX = 1000
 """Of inputs, expectations and compared answers in a result."""
+_UNTOLD = Answer(output="")
+"""What is known about an answer that is a text and no more."""
 
 
 class Judge:
@@ -59,6 +61,7 @@ class Judge:
         """Whether every sample needs `asking`."""
         self.slow = self.asks or bool(self._heavy)
         """Whether some sample may need it."""
+        self._name = harness.name
         self._label = harness.label
         self._weighted = harness.weights is not None
         self._baseline = baseline
@@ -164,46 +167,32 @@ class Judge:
     ) -> Result:
         weights = [g.weight or 0.0 for g in graders] if self._weighted else None
         passed, score = combine(scores, weights, self.harness.pass_score)
-        error = next((f"grader {s.grader}: {s.error}" for s in scores if s.error), "")
-        told = answer if isinstance(answer, Answer) else None
-        text = told.output if told is not None else str(answer)
+        error = ""
+        for s in scores:
+            if s.error:
+                error = f"grader {s.grader}: {s.error}"[:EXCERPT_CHARS_MAX]
+                break
         base = self._baseline(key, epoch) if self._baseline is not None else None
-        if told is not None and told.latency_ms is not None:
+        told = _UNTOLD if isinstance(answer, str) else answer
+        text = answer if isinstance(answer, str) else answer.output
+        if told.latency_ms is not None:
             duration_ms = int(told.latency_ms)
         else:
             duration_ms = (time.perf_counter_ns() - began) // 1_000_000
+        # by position: thirty keywords take longer than all else here together
         return Result(
-            suite=self.suite,
-            task=sample.id,
-            passed=passed and not error,
-            score=score,
-            baseline_score=base if base is not None else 0.0,
-            delta=score - base if base is not None else 0.0,
-            duration_ms=duration_ms,
-            error=error[:EXCERPT_CHARS_MAX],
-            run=self.run,
-            harness=self.harness.name,
-            model=self._label,
-            key=key,
-            index=index,
-            epoch=epoch,
-            scores=scores,
-            answer=compared if compared is None else compared[-EXCERPT_CHARS_MAX:],
-            error_kind="grader" if error else "",
-            input=sample.input[:EXCERPT_CHARS_MAX],
-            expected=sample.expected[-EXCERPT_CHARS_MAX:],
-            output=text[:OUTPUT_CHARS_MAX],
-            output_cut=len(text) > OUTPUT_CHARS_MAX,
-            output_sha256=hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-            tags=sample.tags,
-            tokens_in=told.tokens_in if told else None,
-            tokens_out=told.tokens_out if told else None,
-            cost_usd=told.cost_usd if told else None,
-            latency_ms=told.latency_ms if told else None,
-            request_id=told.request_id if told else "",
-            trace_id=told.trace_id if told else "",
-            cluster=self._cluster_of(sample),
-        )
+            self.suite, sample.id, passed and not error, score,  # suite, task, passed, score
+            0.0 if base is None else base, 0.0 if base is None else score - base, duration_ms, error,
+            self.run, self._name, self._label, key, index, epoch, scores,  # run, harness, model, key, index, epoch, scores
+            compared if compared is None else compared[-EXCERPT_CHARS_MAX:],  # answer
+            "grader" if error else "",  # error_kind
+            sample.input[:EXCERPT_CHARS_MAX], sample.expected[-EXCERPT_CHARS_MAX:],
+            text[:OUTPUT_CHARS_MAX], len(text) > OUTPUT_CHARS_MAX,  # output, output_cut
+            hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), sample.tags,
+            told.tokens_in, told.tokens_out, told.cost_usd, told.latency_ms,
+            1, told.request_id, told.trace_id,  # attempts
+            cluster_of(sample, self._cluster) if self._cluster else "",
+        )  # fmt: skip
 
     def _cluster_of(self, sample: Sample) -> str:
         return cluster_of(sample, self._cluster) if self._cluster else ""

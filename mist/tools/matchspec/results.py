@@ -91,7 +91,7 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 ErrorKind = Literal["", "no_answer", "model", "timeout", "grader"]
 
 
-class Result(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+class Result(Struct, frozen=True, omit_defaults=True, gc=False):
     """Payload of `eval.result`: the seed's keys, then ours. `task` is the sample's id, `key` its stable key, `index` its
     place in the harness's data (from 0), `epoch` which repeat (from 1). `answer` is what the first grader that found
     something compared. `error` says why there was nothing to judge (that is a failure too, and counted). Counts and
@@ -245,11 +245,16 @@ def rows(results: Iterable[Result], models: Iterable[str] = ()) -> list[Row]:
 async def records(stream: Stream, subjects: tuple[str, ...], *, after: int | None = None) -> AsyncIterator[Record]:
     """The records with these subjects, up to the end as it is now. `after` None = from the first kept one. A backend
     that is away is waited for, within bounds."""
+    async for page in _pages(stream, subjects, after):
+        for record in page:
+            yield record
+
+
+async def _pages(stream: Stream, subjects: tuple[str, ...], after: int | None) -> AsyncIterator[list[Record]]:
     at = (await again(stream.info)).first - 1 if after is None else after
     while True:
         page = await _page(stream, at, subjects)
-        for record in page.records:
-            yield record
+        yield page.records
         at = page.scanned
         if at >= page.last:
             return
@@ -485,10 +490,11 @@ async def each_result(stream: Stream, head: Head, counting: Counting | None = No
 async def each_brief(stream: Stream, head: Head, counting: Counting | None = None) -> AsyncIterator[StoredBrief]:
     """`each_result`, without the texts and several times faster."""
     counting = counting or Counting(head)
-    async for record in of_run(stream, head):
-        stored = brief_of(record)
-        if stored is not None and counting.add(stored):
-            yield stored
+    async for page in _pages_of_run(stream, head):
+        for record in page:
+            stored = brief_of(record)
+            if stored is not None and counting.add(stored):
+                yield stored
     for error in counting.errors.values():
         if isinstance(error, StoredBrief):
             yield error
@@ -496,10 +502,19 @@ async def each_brief(stream: Stream, head: Head, counting: Counting | None = Non
 
 def of_run(stream: Stream, head: Head) -> AsyncIterator[Record]:
     """The records that may be results of a run: its own and those of its ancestors."""
+    subjects, after = _where(head)
+    return records(stream, subjects, after=after)
+
+
+def _pages_of_run(stream: Stream, head: Head) -> AsyncIterator[list[Record]]:
+    return _pages(stream, *_where(head))
+
+
+def _where(head: Head) -> tuple[tuple[str, ...], int | None]:
     # a run's results come after its manifest; its ancestors' come earlier
     after = None if head.ancestors else head.sequence - 1
     names = [*(name for name, _ in head.ancestors), head.manifest.run]
-    return records(stream, tuple(result_subject(name) for name in names), after=after)
+    return tuple(result_subject(name) for name in names), after
 
 
 async def read_run(stream: Stream, run: str) -> Run:

@@ -504,10 +504,12 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of the lines that are not empty."""
     try:
         with path.open("rb") as f:
-            for number, line in enumerate(iter(lambda: f.readline(LINE_BYTES_MAX + 1), b""), 1):
+            number = 0
+            while line := f.readline(LINE_BYTES_MAX + 1):
+                number += 1
                 if len(line) > LINE_BYTES_MAX:
                     raise InvalidArgument(f"{path}:{number}: longer than {LINE_BYTES_MAX} bytes")
-                if line.strip():
+                if not line.isspace():
                     yield number, line
     except FileNotFoundError as exc:
         raise NotFound(f"no file {path}") from exc
