@@ -225,21 +225,34 @@ def run_id_of(kind: str, run: str) -> str:
     return hashlib.sha256(f"{kind}:{run}".encode()).hexdigest()[:32]
 
 
+class Table:
+    """The rows of results told one by one: one per (suite, model)."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, suite: str, model: str, passed: bool) -> None:
+        counts = self._counts.setdefault((suite, model), [0, 0])
+        counts[0] += passed
+        counts[1] += 1
+
+    def rows(self, models: Iterable[str] = ()) -> list[Row]:
+        """Models in the order given, then as they came."""
+        order = {m: i for i, m in enumerate(models)}
+        out = []
+        for suite, model in sorted(self._counts, key=lambda k: order.get(k[1], len(order))):
+            k, n = self._counts[suite, model]
+            low, high = wilson(k, n)
+            out.append(Row(suite=suite, model=model, passed=k, total=n, rate=k / n, ci_low=low, ci_high=high))
+        return out
+
+
 def rows(results: Iterable[Result], models: Iterable[str] = ()) -> list[Row]:
-    """The table of these results, one row per (suite, model), models in the order given, then as they come."""
-    passed: dict[tuple[str, str], int] = {}
-    total: dict[tuple[str, str], int] = {}
+    """The table of these results."""
+    table = Table()
     for r in results:
-        key = (r.suite, r.model)
-        total[key] = total.get(key, 0) + 1
-        passed[key] = passed.get(key, 0) + r.passed
-    order = {m: i for i, m in enumerate(models)}
-    out = []
-    for suite, model in sorted(total, key=lambda k: order.get(k[1], len(order))):
-        n, k = total[suite, model], passed[suite, model]
-        low, high = wilson(k, n)
-        out.append(Row(suite=suite, model=model, passed=k, total=n, rate=k / n, ci_low=low, ci_high=high))
-    return out
+        table.add(r.suite, r.model, r.passed)
+    return table.rows(models)
 
 
 async def records(stream: Stream, subjects: tuple[str, ...], *, after: int | None = None) -> AsyncIterator[Record]:
@@ -405,7 +418,7 @@ class Counting:
     """Which results of one run count, told one by one in the order of the stream. Memory: a bit per result, and the errors.
 
     `doubled`: how many do not count. `tokens` and `usd` are of all answers of the run itself, also of results that do not
-    count; `unpriced` answers had no cost."""
+    count; `unpriced` answers had no cost, `uncounted` ones did not say their tokens."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
@@ -417,7 +430,7 @@ class Counting:
         self.doubled = 0
         self.tokens = 0
         self.usd = 0.0
-        self.unpriced = 0
+        self.unpriced = self.uncounted = 0
         self._through = dict(head.ancestors)
 
     @property
@@ -468,6 +481,7 @@ class Counting:
             return
         if result.request_id:
             self.tokens += (result.tokens_in or 0) + (result.tokens_out or 0)
+            self.uncounted += not result.error and (result.tokens_in is None or result.tokens_out is None)
             if result.cost_usd is None:
                 self.unpriced += not result.error
             else:

@@ -55,7 +55,9 @@ from mist.tools.matchspec.results import (
     ErrorKind,
     Parent,
     Result,
+    Row,
     Run,
+    Table,
     each_brief,
     list_runs,
     read_head,
@@ -87,7 +89,7 @@ CLOCKS_APART_S = 3600
 class Limits(Struct, frozen=True, kw_only=True):
     """None = no limit. `usd` and `tokens` are of the whole run over all its resumptions, `seconds` of this call. Up to
     `concurrency` questions may be in flight when one is reached: their answers are kept and paid. A limit in dollars
-    needs costs: an answer without one, and no price for it, stops the run."""
+    needs costs: an answer without one, and no price for it, stops the run; one in tokens needs both counts."""
 
     usd: float | None = None
     tokens: int | None = None
@@ -110,6 +112,10 @@ class Outcome(Struct, frozen=True, kw_only=True):
     usd: float = 0.0
     unpriced: int = 0
     tokens: int = 0
+    rows: list[Row] = []
+    """The table of all its results that count."""
+    unanswered: int = 0
+    """Of them, those that had no answer to judge."""
 
 
 def cursor_name(run: str) -> str:
@@ -338,6 +344,8 @@ class Runner:
         limits, counting = self._limits, self.counting
         if limits.seconds is not None and self.clock() - self._began >= limits.seconds:
             self.why = f"the limit of {limits.seconds:g} s is reached"
+        elif limits.tokens is not None and counting.uncounted:
+            self.why = f"the limit of {limits.tokens} tokens cannot be kept: an answer does not say how many it took"
         elif limits.tokens is not None and counting.tokens >= limits.tokens:
             self.why = f"the limit of {limits.tokens} tokens is reached: {counting.tokens} were used"
         elif limits.usd is not None and counting.unpriced:
@@ -568,12 +576,19 @@ class Runner:
         await again(lambda: self.broker.checkpoints.save(checkpoint, force=True))
 
     async def outcome(self, collect: bool) -> Outcome:
+        table = Table()
+        suite = self.head.manifest.suite
+        unanswered = 0
         if collect:
             run = await read_run(self.stream, self.run)
+            for stored in run.results:
+                table.add(suite, stored.result.model, stored.result.passed)
+                unanswered += stored.result.error_kind == "no_answer"
         else:
             counting = Counting(self.head)
-            async for _ in each_brief(self.stream, self.head, counting):
-                pass
+            async for brief in each_brief(self.stream, self.head, counting):
+                table.add(suite, brief.result.model, brief.result.passed)
+                unanswered += brief.result.error_kind == "no_answer"
             run = Run(counting.info, self.head.manifest, [], counting.doubled)
         counting = self.counting
         return Outcome(
@@ -588,6 +603,8 @@ class Runner:
             usd=counting.usd,
             unpriced=counting.unpriced,
             tokens=counting.tokens,
+            rows=table.rows(run.manifest.models),
+            unanswered=unanswered,
         )
 
 
