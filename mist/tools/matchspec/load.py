@@ -15,6 +15,7 @@ which is the folder of the file that was named unless the caller or the setting 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def _told(file: str, exc: MistError) -> Problem:
     """An error as a problem. What it says about the place in front of its message stands in the place then."""
     line, column = int(exc.meta.get("line", "1")), int(exc.meta.get("column", "1"))
     message = exc.message
+    if "line" not in exc.meta and (found := re.match(re.escape(file) + r":(\d+): ", message)):
+        line = int(found[1])
     for prefix in (f"{file}:{line}:{column}: ", f"{file}:{line}: ", f"{file}: "):
         message = message.removeprefix(prefix)
     return Problem(file=file, line=line, column=column, message=message, hint=exc.hint)
@@ -206,10 +209,9 @@ def _alone(table: Table, path: Path, reading: Reading) -> Suite | None:
     for key in GATE_KEYS:
         table.raw(key)
     harness = harness_of(table, reading, path.parent)
-    if harness is None:
-        return None
-    gate = gate_of(table, reading.settings, [g.name for g in harness.graders])
-    if reading.problems.seen > before:
+    # what is wrong with the gate is said as well where the harness is wrong; then its graders are not known
+    gate = gate_of(table, reading.settings, [] if harness is None else [g.name for g in harness.graders])
+    if harness is None or reading.problems.seen > before:
         return None
     return _checked(
         lambda: suite_of(
@@ -313,7 +315,7 @@ def _blame(rows: Rows, harness: Harness, cluster: str, problems: Problems) -> No
 
 
 def _python(path: Path) -> list[Suite]:
-    from mist.tools.matchspec.graders.python import module_from
+    from mist.tools.matchspec.graders.python import line_of, module_from
 
     module = module_from(path)
     found = getattr(module, "SUITE", None)
@@ -323,7 +325,10 @@ def _python(path: Path) -> list[Suite]:
         except MistError:
             raise
         except Exception as exc:
-            raise InvalidArgument(f"{path}: suite(): {type(exc).__name__}: {exc}") from exc
+            line = line_of(exc, path)
+            raise InvalidArgument(
+                f"{path}:{line}: suite(): {type(exc).__name__}: {exc}", meta={"line": str(line)}
+            ) from exc
     many = found if isinstance(found, list | tuple) else [found]
     suites = [s for s in many if isinstance(s, Suite)]
     if not suites or len(suites) < len(many):

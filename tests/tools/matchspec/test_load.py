@@ -335,6 +335,24 @@ def test_toml_has_places_too(tmp_path: Path) -> None:
     assert suite.harnesses[0].model == shapes.Echo()
 
 
+def test_the_gate_is_looked_at_where_the_harness_is_wrong_too(tmp_path: Path) -> None:
+    path = tmp_path / "s.yml"
+    path.write_text(
+        "version: 1\nname: s\ndataset: {name: d, examples: [{id: a, input: x, expected: x}]}\nmodel: {type: echo}\n"
+        "graders: [{type: exakt}]\nthresholds: {overall: 1.2}\nstatistics: {cluster: [a]}\n"
+    )
+    assert [(p.line, p.column) for p in validate([path])] == [(5, 18), (6, 23), (7, 23)]
+
+
+def test_what_a_python_suite_or_a_line_of_solutions_gets_wrong_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("def suite():\n    x = 1\n    raise ValueError(x)\n")
+    (tmp_path / "s.jsonl").write_text('{"question": "q", "ground_truth": "A: 1", "m": {"solution": "A: 1"}}\n{"a\n')
+    found = validate([tmp_path / "s.py", tmp_path / "s.jsonl"])
+    assert [(p.line, p.message.partition(":")[0]) for p in found] == [
+        (3, "suite()"), (2, "not a line of recorded solutions"),
+    ]  # fmt: skip
+
+
 def test_what_clusters_is_in_every_sample_and_in_the_digest(tmp_path: Path) -> None:
     lines = [{"id": i, "input": "x", "expected": "x", "metadata": {"document": i // 2}} for i in range(4)]
     data = tmp_path / "d.jsonl"

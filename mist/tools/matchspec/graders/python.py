@@ -54,12 +54,13 @@ def module_from(path: Path) -> ModuleType:
         raise InvalidArgument(f"{path}:{at['line']}:{at['column']}: {exc.msg}", meta=at) from exc
     except Exception as exc:
         del sys.modules[name]
-        line = _line(exc, path)
+        line = line_of(exc, path)
         raise InvalidArgument(f"{path}:{line}: {type(exc).__name__}: {exc}", meta={"line": str(line)}) from exc
     return module
 
 
-def _line(exc: BaseException, path: Path) -> int:
+def line_of(exc: BaseException, path: Path) -> int:
+    """The innermost line of the file that led to the exception."""
     line, at = 1, exc.__traceback__
     while at is not None:
         if at.tb_frame.f_code.co_filename == str(path):
