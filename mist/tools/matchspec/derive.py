@@ -126,7 +126,9 @@ async def _rescored(runner: Runner, suite: Suite, outputs: Shelf) -> None:
         for harness in suite.harnesses:
             judge = runner.judge(harness)
 
-            async def one(item: Item, judge: Judge = judge, harness: Harness = harness) -> Result:
+            async def one(item: Item, judge: Judge = judge, harness: Harness = harness) -> Result | None:
+                if judge.slow and runner.ended():
+                    return None  # left for whoever goes on with the run
                 index, sample, epoch, _ = item
                 key = sample_key(harness.name, sample)
                 record = await outputs.get(_place(harness.name, sample.id, epoch))
@@ -146,7 +148,9 @@ async def _rescored(runner: Runner, suite: Suite, outputs: Shelf) -> None:
             items = runner.items(harness)
             while not runner.ended() and (some := list(islice(items, size))):
                 found = await pool.map(one, some) if judge.slow else [await one(item) for item in some]
-                await runner.store([runner.message(result, retried=False) for result in found])
+                judged = [runner.message(result, retried=False) for result in found if result is not None]
+                if judged:
+                    await runner.store(judged)
             if runner.why:
                 return
     finally:

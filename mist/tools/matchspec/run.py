@@ -369,6 +369,8 @@ class Runner:
         async def slowly(waiting: Iterator[tuple[int, Item, str]]) -> None:
             nonlocal size
             for at, (index, sample, epoch, slot), key in waiting:
+                if self.ended():
+                    return  # left for whoever goes on with the run
                 result = await judge.asking(sample, known(sample), key, index, epoch, timeout_s=harness.timeout_s)
                 if slot not in errors or not result.error:
                     message = messages[at] = self.message(result, retried=slot in errors)

@@ -89,8 +89,40 @@ def test_a_grader_that_takes_too_long_is_an_error_and_not_a_pass(negate: bool) -
             assert [(s.result.passed, s.result.error_kind) for s in done.run.results] == [(False, "grader")] * 2
             assert "no verdict within 0.02 s" in done.run.results[0].result.error
             go.set()
-            again = await run_suite(broker, stream, suite, run="r", ask=oracle, retry_errors=True)
+            patient = asking(2, graders=(python("hangs", negate=negate),), timeout_s=LONG_S)
+            again = await run_suite(broker, stream, patient, run="r", ask=oracle, retry_errors=True)
             assert ([s.result.passed for s in again.run.results], oracle.calls) == ([not negate] * 2, 2)
+
+    run(body())
+
+
+here: dict[str, Any] = {}
+"""The `loop` and the `stop` of a run."""
+
+
+def stops(given: GradeInput) -> bool:
+    """Whoever runs it is told to stop, as by a signal."""
+    told = threading.Event()
+    here["loop"].call_soon_threadsafe(lambda: (here["stop"].set(), told.set()))
+    return told.wait(LONG_S)
+
+
+def test_a_stop_waits_for_what_is_being_graded_and_begins_nothing_new() -> None:
+    """Also where answers are graded again; whoever goes on does the rest."""
+
+    async def body() -> None:
+        here["loop"] = asyncio.get_running_loop()
+        async with mist.connect("memory:") as broker:
+            stream = await broker.open("eval")
+            suite = known(["a", "b", "c", "d"], python("stops"), concurrency=1)
+            for left in (3, 2, 1, 0):
+                here["stop"] = asyncio.Event()
+                done = await run_suite(broker, stream, suite, run="a", stop=here["stop"])
+                assert (done.ran, done.run.info.total - done.run.info.done) == (1, left)
+            for left in (3, 2, 1, 0):
+                here["stop"] = asyncio.Event()
+                done = await rescore(broker, stream, suite, source="a", run="b", stop=here["stop"])
+                assert (done.ran, done.run.info.total - done.run.info.done) == (1, left)
 
     run(body())
 
