@@ -40,6 +40,11 @@ class Grade(Struct, frozen=True, kw_only=True):
     clusters: int | None = None
     why: str = ""
 
+    @property
+    def size(self) -> str:
+        """What the interval is over, for a reader."""
+        return str(self.n) if self.clusters is None else f"{self.n} in {self.clusters} clusters"
+
 
 class Example(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sample's result. `scores` by grader; `reasons` what the graders said to those that did not pass."""
