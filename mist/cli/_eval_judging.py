@@ -227,7 +227,7 @@ async def gate(
     rules = manifest.gate
     if min_rate is not None:  # of samples as a whole; the graders only inform, but each must have judged something
         names = {str(g.get("name") or g.get("type")) for h in manifest.harnesses for g in h.graders}
-        rules = Gate(overall=min_rate, per_grader=dict.fromkeys(names, 0.0))
+        rules = Gate(overall=min_rate, per_grader=dict.fromkeys(names, 0.0), cluster=rules.cluster)
     if lower_bound:
         rules = replace(rules, use_lower_bound=True)
     found = await report_of(opened, run, gate=rules, baseline=baseline, examples_max=0)

@@ -56,6 +56,7 @@ async def rescore(
                     run=id,
                     stop=stop,
                     on_progress=lambda done, _total: bar.at(done),
+                    collect=False,
                 )
 
             outcome = await drained(work)
@@ -105,7 +106,7 @@ async def _derived(derive: Any, run: str, suite: str, name: str, ask: str, strea
             async def work(stop: asyncio.Event) -> Outcome:
                 found: Outcome = await derive(
                     broker, opened, equipped, source=run, run=id, stop=stop, ask=given.ask,
-                    on_progress=lambda done, _total: bar.at(done), **more,
+                    on_progress=lambda done, _total: bar.at(done), collect=False, **more,
                 )  # fmt: skip
                 return found
 
@@ -125,8 +126,6 @@ def _equipped(suite: Suite, given: Any) -> Suite:
 def _told(session: Session, id: str, outcome: Outcome) -> None:
     import msgspec
 
-    from mist.tools.matchspec.results import rows
-
     out = session.out
     parent = outcome.run.manifest.parent
     taken = f", {parent.taken} results taken over from {parent.run}" if parent is not None and parent.taken else ""
@@ -137,8 +136,7 @@ def _told(session: Session, id: str, outcome: Outcome) -> None:
         out.warn(f"{outcome.run.info.errors} samples ended with an error and count as failed")
     if outcome.stopped or outcome.run.info.errors:
         session.fail_with(PARTIAL)
-    found = rows((s.result for s in outcome.run.results), outcome.run.manifest.models)
-    out.rows([msgspec.to_builtins(r) for r in found], COLUMNS)
+    out.rows([msgspec.to_builtins(r) for r in outcome.rows], COLUMNS)
 
 
 async def history(

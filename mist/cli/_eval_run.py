@@ -273,7 +273,7 @@ async def _one(
         async def work(stop: asyncio.Event) -> Outcome:
             return await run_suite(
                 broker, stream, suite, run=id, stop=stop, ask=given.ask,
-                on_progress=lambda done, _total: bar.at(done), **options,
+                on_progress=lambda done, _total: bar.at(done), collect=False, **options,
             )  # fmt: skip
 
         outcome = await drained(work)
@@ -286,13 +286,9 @@ async def _one(
         out.warn(f"run {id} is not complete: {outcome.why}")
     errors = outcome.run.info.errors
     if errors:
-        what = "had no recorded answer" if _unanswered(outcome) == errors else "ended with an error"
+        what = "had no recorded answer" if outcome.unanswered == errors else "ended with an error"
         out.warn(f"{errors} samples {what} and count as failed")
     return outcome
-
-
-def _unanswered(outcome: Outcome) -> int:
-    return sum(1 for s in outcome.run.results if s.result.error_kind == "no_answer")
 
 
 def _states_a_gate(suite: Suite) -> bool:
@@ -304,9 +300,7 @@ def _states_a_gate(suite: Suite) -> bool:
 def _rows(outcome: Outcome) -> list[dict[str, Any]]:
     import msgspec
 
-    from mist.tools.matchspec.results import rows
-
-    return [msgspec.to_builtins(r) for r in rows((s.result for s in outcome.run.results), outcome.run.manifest.models)]
+    return [msgspec.to_builtins(r) for r in outcome.rows]
 
 
 def _worse(a: Report, b: Report) -> bool:

@@ -18,31 +18,13 @@ from mist.cli.wrap import noun
 
 if TYPE_CHECKING:
     from mist.broker.base import Stream
-    from mist.tools.matchspec.results import Run
 
 app = noun("Evals: run suites, judge and compare runs, make runs of runs.")
 app.command()(run)
 
 
-def table(session: Session, run: Run) -> None:
-    """The run's rows: the one shape of `eval run`, `eval show` and the demo."""
-    import msgspec
-
-    from mist.tools.matchspec.results import rows
-
-    found = rows((r.result for r in run.results), run.manifest.models)
-    session.out.rows([msgspec.to_builtins(r) for r in found], COLUMNS, empty=f"run {run.info.run} has no results yet")
-
-
 async def _stream(session: Session, name: str) -> Stream:
     return await session.stream(name)
-
-
-async def _read(session: Session, stream: str, *names: str) -> list[Run]:
-    from mist.tools.matchspec.results import read_run
-
-    opened = await _stream(session, stream)
-    return [await read_run(opened, name) for name in names]
 
 
 @app.command()
@@ -79,19 +61,49 @@ async def show(
     Example:
       mist eval show demo-20260131-120000-ab12 --failed -n 5
     """
+    import msgspec
+
+    from mist.tools.matchspec.results import Counting, Table, each_result, read_head
+
     session = current()
     out = session.out
-    (found,) = await _read(session, stream, run)
-    info = found.info
+    opened = await _stream(session, stream)
+    counting = Counting(await read_head(opened, run))
+    manifest = counting.head.manifest
+    table, worst = Table(), _First(n)
+    order = {h.name: i for i, h in enumerate(manifest.harnesses)}
+    async for stored in each_result(opened, counting.head, counting):
+        r = stored.result
+        table.add(r.suite, r.model, r.passed)
+        if failed and not r.passed:
+            worst.add((order.get(r.harness, 0), r.index, r.epoch, stored.sequence), r)
+    info = counting.info
     out.note(
         f"run {info.run} of {info.suite}: {info.done} of {info.total} results, {info.errors} errors, "
         f"sequences {info.first} to {info.last}"
     )
-    if not failed:
-        table(session, found)
+    if failed:
+        rows = [_sample(place[-1], r) for place, r in worst.sorted()]
+        out.rows(rows, ["sequence", "model", "task", "answer", "expected", "error"], empty="nothing failed")
         return
-    rows = [_sample(r.sequence, r.result) for r in found.results if not r.result.passed][:n]
-    out.rows(rows, ["sequence", "model", "task", "answer", "expected", "error"], empty="nothing failed")
+    found = [msgspec.to_builtins(r) for r in table.rows(manifest.models)]
+    out.rows(found, COLUMNS, empty=f"run {run} has no results yet")
+
+
+class _First:
+    """The first `n` by their place, of any number."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._kept: list[tuple[tuple[int, ...], Any]] = []
+
+    def add(self, place: tuple[int, ...], value: Any) -> None:
+        self._kept.append((place, value))
+        if len(self._kept) > 2 * self._n + 100:
+            self._kept = self.sorted()
+
+    def sorted(self) -> list[tuple[tuple[int, ...], Any]]:
+        return sorted(self._kept, key=lambda kept: kept[0])[: self._n]
 
 
 def _sample(sequence: int, result: Any) -> dict[str, Any]:
@@ -135,33 +147,35 @@ async def replay(
     import msgspec
 
     from mist.cli.position import after_of, parse_position
-    from mist.tools.matchspec.results import read_run, records, result_of, result_subject, rows
+    from mist.tools.matchspec.results import Table, read_head, records, result_of, result_subject
 
     session = current()
     out = session.out
     broker, opened = await session.locate(stream)
-    whole = await read_run(opened, run)
+    manifest = (await read_head(opened, run)).manifest
     position = parse_position(from_, now_ns=time.time_ns())
     after = await after_of(position, opened, broker.checkpoints if broker is not None else None, await opened.info())
     if suite:
         await replayed(run, suite, name, ask, stream, after)
         return
-    results = []
+    count, table = 0, Table()
     last = after
     with out.lines() if out.format in ("jsonl", "csv", "raw") else _Silent() as lines:
         async for record in records(opened, (result_subject(run),), after=after):
             stored = result_of(record)
             if stored is None:
                 continue
-            results.append(stored.result)
+            r = stored.result
+            table.add(r.suite, r.model, r.passed)
+            count += 1
             last = stored.sequence
             if lines is not None:
                 lines.row(_sample(stored.sequence, stored.result))
-    found = [msgspec.to_builtins(r) for r in rows(results, whole.manifest.models)]
+    found = [msgspec.to_builtins(r) for r in table.rows(manifest.models)]
     if out.format == "json":
-        out.item({"run": run, "from": after + 1, "last": last, "results": len(results), "eval": found})
+        out.item({"run": run, "from": after + 1, "last": last, "results": count, "eval": found})
     elif out.format == "table":
-        out.note(f"{len(results)} results of run {run} after sequence {after}")
+        out.note(f"{count} results of run {run} after sequence {after}")
         out.rows(found, COLUMNS, empty="no results there")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,19 @@ class Rows:
 
     def _json(self) -> Iterator[tuple[int, Sample | Problem]]:
         decode = msgspec.json.Decoder(_row_of(self.fields)).decode
+        plainly: Callable[[bytes], Any] | None = msgspec.json.Decoder(_plain_row_of(self.fields)).decode
         for number, line in lines(self.path):
+            if plainly is not None:
+                try:
+                    row = plainly(line)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                    plainly = None  # a file is mostly of one kind
+                else:
+                    yield (
+                        number,
+                        Sample(row.id, row.input, row.expected, row.grader, row.tags, row.metadata, row.output),
+                    )
+                    continue
             try:
                 yield number, self._sample(decode(line), number)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -218,6 +230,26 @@ def _row_of(f: Fields) -> type[Struct]:
             ("output", str | None, None),
         ],
         rename=names,
+        frozen=True,
+        gc=False,
+    )
+
+
+def _plain_row_of(f: Fields) -> type[Struct]:
+    """The class of a line whose values are those of a sample already. It reads no line otherwise than `_sample` does, and
+    refuses those it cannot read."""
+    return defstruct(
+        "PlainRow",
+        [
+            ("id", str),
+            ("input", str),
+            ("expected", str),
+            ("grader", tuple[str, ...], ()),
+            ("tags", tuple[str, ...], ()),
+            ("metadata", dict[str, Any], msgspec.field(default_factory=dict)),
+            ("output", str | None, None),
+        ],
+        rename={name: getattr(f, name) for name in Fields.__struct_fields__},
         frozen=True,
         gc=False,
     )

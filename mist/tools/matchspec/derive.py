@@ -14,13 +14,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from itertools import islice
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from mist.broker.base import SEQUENCE_MAX, Broker, Message, Record, Stream
+from mist.broker.base import SEQUENCE_MAX, Broker, Record, Stream
 from mist.errors import Conflict, InvalidArgument, NotFound
+from mist.kit.parallel import Pool
 from mist.kit.prices import Prices
 from mist.tools.matchspec.asking import Answer, request_id
 from mist.tools.matchspec.judging import Judge
@@ -40,8 +42,8 @@ from mist.tools.matchspec.results import (
     records,
     result_of,
 )
-from mist.tools.matchspec.run import Outcome, Runner, run_suite
-from mist.tools.matchspec.suite import Infer, Suite, sample_key
+from mist.tools.matchspec.run import WAITING_MAX, Item, Outcome, Runner, run_suite
+from mist.tools.matchspec.suite import Harness, Infer, Suite, sample_key
 
 CHARS_PER_TOKEN = 4
 """A rule of thumb for English, used where nothing better is known, and said so."""
@@ -115,38 +117,41 @@ async def rescore(
     parent = Parent(run=source, how="rescore", taken=0, changed=changed_parts(head.manifest, suite))
     runner = Runner(broker, stream, suite, run, stop=stop, on_progress=on_progress)
     await runner.begin(parent, "")
-    await _rescored(runner, suite, outputs, run)
+    await _rescored(runner, suite, outputs)
     return await runner.outcome(collect)
 
 
-async def _rescored(runner: Runner, suite: Suite, outputs: Shelf, run: str) -> None:
+async def _rescored(runner: Runner, suite: Suite, outputs: Shelf) -> None:
     try:
         for harness in suite.harnesses:
-            judge = Judge(suite.name, harness, run)
-            messages: list[Message] = []
-            for index, sample, epoch, _slot in runner.items(harness):
+            judge = runner.judge(harness)
+
+            async def one(item: Item, judge: Judge = judge, harness: Harness = harness) -> Result | None:
+                if judge.slow and runner.ended():
+                    return None  # left for whoever goes on with the run
+                index, sample, epoch, _ = item
                 key = sample_key(harness.name, sample)
                 record = await outputs.get(_place(harness.name, sample.id, epoch))
                 stored = result_of(record) if record is not None else None
                 if stored is None or stored.result.task != sample.id:
-                    result = judge.error(sample, key, index, epoch, "no recorded output", "no_answer")
-                elif stored.result.output_cut:
-                    result = judge.error(sample, key, index, epoch, "the recorded output was cut", "no_answer")
-                else:
-                    answer = _answer_of(stored.result)
-                    if judge.asks:
-                        result = await judge.asking(sample, answer, key, index, epoch, timeout_s=harness.timeout_s)
-                    else:
-                        result = judge.at_once(sample, answer, key, index, epoch)
-                messages.append(runner.message(result, retried=False))
-                if len(messages) >= runner.batch:
-                    await runner.store(messages)
-                    messages = []
-                    if runner.ended():
-                        return
-            if messages:
-                await runner.store(messages)
-            if runner.ended():
+                    return judge.error(sample, key, index, epoch, "no recorded output", "no_answer")
+                if stored.result.output_cut:
+                    return judge.error(sample, key, index, epoch, "the recorded output was cut", "no_answer")
+                answer = _answer_of(stored.result)
+                result = None if judge.asks else judge.at_once(sample, answer, key, index, epoch)
+                if result is None:
+                    result = await judge.asking(sample, answer, key, index, epoch, timeout_s=harness.timeout_s)
+                return result
+
+            pool = Pool(harness.concurrency)
+            size = harness.concurrency * WAITING_MAX if judge.slow else runner.batch
+            items = runner.items(harness)
+            while not runner.ended() and (some := list(islice(items, size))):
+                found = await pool.map(one, some) if judge.slow else [await one(item) for item in some]
+                judged = [runner.message(result, retried=False) for result in found if result is not None]
+                if judged:
+                    await runner.store(judged)
+            if runner.why:
                 return
     finally:
         await runner.save_cursor(force=True)

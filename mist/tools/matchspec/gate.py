@@ -6,7 +6,8 @@ cost under a cost ceiling, known latencies under a latency ceiling, and no signi
 cannot be told fails. A threshold, confidence or metric that cannot be right is a reason to fail, not an exception.
 
 Two aggregates, by name: `pass_rate`, the share of samples that passed, and `mean_score`. Without repeats a rate has Wilson's
-interval; repeats and mean scores have the bootstrap's over samples.
+interval; repeats and mean scores have the bootstrap's over samples. Where the gate clusters, all of it is over clusters:
+bootstrap, standard error, comparison; that needs results which say their cluster, and else fails.
 
 Thresholds: a grader's own over its harness; else what the gate says for its name; else `overall`; else 1. The graders of
 one model are pooled over its harnesses, models never. The samples as a whole (`overall`) must reach `overall` where it is
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import fsum, isfinite
+from typing import NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -26,6 +28,7 @@ from mist.tools.matchspec.reports.values import OVERALL, Grade
 from mist.tools.matchspec.statistics import (
     Interval,
     all_pass_size,
+    count_clusters,
     holm,
     mcnemar,
     paired,
@@ -38,6 +41,8 @@ from mist.tools.matchspec.tally import HarnessTally, Reduced, Tally, Value
 
 METRICS = ("pass_rate", "mean_score")
 LATENCY_SHARE = 0.95
+CLUSTERS_FEW = 10
+"""Fewer clusters than these make an interval rough: a warning says so."""
 
 
 class Judgement(Struct, frozen=True):
@@ -96,6 +101,10 @@ def _of_run(tally: Tally, gate: Gate, *, complete: bool, judged: bool) -> Iterab
     known = {name for h in tally.harnesses.values() for name in h.graders}
     for name in sorted(set(gate.per_grader) - known):
         yield f"no grader is called {name[:80]!r}"
+    if gate.cluster and gate.cluster != tally.manifest.gate.cluster:
+        yield f"the results do not say their {gate.cluster[:80]!r}, by which the gate clusters: rescore the run"
+    elif gate.cluster and tally.unclustered:
+        yield f"{tally.unclustered} of {tally.done} results do not say their {gate.cluster[:80]!r}: rescore the run"
     if gate.on_error not in ("fail", "exclude"):
         yield f"no rule for errors is called {str(gate.on_error)[:40]!r}"
     if gate.min_sample_action not in ("warn", "fail"):
@@ -168,13 +177,15 @@ def values_of(harnesses: Sequence[HarnessTally], name: str, gate: Gate) -> Reduc
     errors = judged = first = 0
     for h in harnesses:
         found = h.reduced(name, exclude_errors=gate.on_error == "exclude")
-        values += [Value(first + v.index, v.score, v.rate) for v in found.values]
+        values += [Value(first + v.index, v.score, v.rate, v.cluster) for v in found.values]
         errors, judged, first = errors + found.errors, judged + found.judged, first + h.info.samples
     return Reduced(values, errors, judged)
 
 
-def interval_of(numbers: Sequence[float], gate: Gate) -> Interval:
-    """Wilson's where every number is 0 or 1, the bootstrap's else."""
+def interval_of(numbers: Sequence[float], clusters: Sequence[int] | None, gate: Gate) -> Interval:
+    """Wilson's where every number is 0 or 1 and nothing clusters, the bootstrap's else."""
+    if clusters is not None:
+        return score_interval(numbers, clusters, confidence=gate.confidence)
     ones = sum(1 for x in numbers if x == 1.0)
     if ones + sum(1 for x in numbers if x == 0.0) == len(numbers):
         return wilson(ones, len(numbers), gate.confidence)
@@ -194,10 +205,13 @@ def _grade(
         passed_n=sum(1 for r in rates if r == 1.0),
     )  # fmt: skip
     if n:
-        low, high = interval_of(numbers, gate)
+        clusters = [v.cluster for v in found.values] if gate.cluster else None
+        if clusters is not None:
+            row = replace(row, clusters=count_clusters(clusters, n))
+        low, high = interval_of(numbers, clusters, gate)
         row = replace(
             row, score=fsum(numbers) / n, ci_lower=low, ci_upper=high, mean_score=fsum(scores) / n,
-            standard_error=standard_error(numbers),
+            standard_error=standard_error(numbers, clusters),
         )  # fmt: skip
     why = "" if threshold is None else _why_not(row, found, gate, warnings)
     return replace(row, passed=not why, why=why)
@@ -217,6 +231,8 @@ def _why_not(row: Grade, found: Reduced, gate: Gate, warnings: list[str]) -> str
         if gate.min_sample_action != "warn":
             return few
         warnings.append(f"{_where(row)}: {few}")
+    if row.clusters is not None and row.clusters < CLUSTERS_FEW:
+        warnings.append(f"{_where(row)}: with {row.clusters} clusters the interval is rough")
     reached = row.ci_lower if gate.use_lower_bound else row.score
     if not isfinite(reached) or not reached >= wanted:
         what = f"the lower limit {reached:.3f}" if gate.use_lower_bound else f"{reached:.3f}"
@@ -229,7 +245,8 @@ def _hint(row: Grade, wanted: float, gate: Gate) -> str:
     if not gate.use_lower_bound or wanted >= 1.0:
         return ""
     least = all_pass_size(wanted, gate.confidence)
-    return f" (it takes {least} samples that all pass, there are {row.n})" if row.n < least else ""
+    what, have = ("samples", row.n) if row.clusters is None else ("clusters", row.clusters)
+    return f" (it takes {least} {what} that all pass, there are {have})" if have < least else ""
 
 
 # ------------------------------------------------------------------------------------------------- the baseline
@@ -239,17 +256,16 @@ def _against(tally: Tally, baseline: Tally, grades: list[Grade], gate: Gate) -> 
     """The rows with the baseline's score and the difference over the samples both have. One model each are compared
     whatever they are called; of several those of the same name. A significant loss fails the row."""
     one = len(tally.models) == 1 == len(baseline.models)
-    rows: list[tuple[Grade, list[float], list[float]]] = []
+    rows: list[tuple[Grade, Pairs]] = []
     for grade in grades:
         other = baseline.models[0] if one else grade.model
         ours = [h for h in tally.of_model(grade.model) if grade.harness in ("", h.info.name)]
-        before, after, _, _ = pairs(list(baseline.of_model(other)), ours, grade.name, gate)
-        rows.append((grade, before, after))
-    ps = holm([_p_value(before, after, gate) for _, before, after in rows if before])
+        rows.append((grade, pairs(list(baseline.of_model(other)), ours, grade.name, gate)))
+    ps = holm([_p_value(found, gate) for _, found in rows if found.ids])
     adjusted = iter(ps)
     out = []
-    for grade, before, after in rows:
-        if not before:
+    for grade, (before, after, ids, _, _) in rows:
+        if not ids:
             why = grade.why or "the baseline has none of these samples"
             out.append(replace(grade, passed=grade.passed and grade.threshold is None, why=why))
             continue
@@ -262,16 +278,25 @@ def _against(tally: Tally, baseline: Tally, grades: list[Grade], gate: Gate) -> 
     return out
 
 
-def pairs(
-    before: Sequence[HarnessTally], after: Sequence[HarnessTally], name: str, gate: Gate
-) -> tuple[list[float], list[float], list[str], int]:
-    """The numbers of the samples both sides have, by id, in the order of `after`; the ids; and how many have the same id
-    but another input or expectation, which are no pairs. Needs tallies with ids."""
+class Pairs(NamedTuple):
+    """The numbers of the samples both sides have, by id, in the order of `after`; `clusters` are those of `after`, None
+    where the gate does not cluster. `changed`: how many have the same id but another input or expectation, and are no pairs."""
+
+    before: list[float]
+    after: list[float]
+    ids: list[str]
+    clusters: list[int] | None
+    changed: int
+
+
+def pairs(before: Sequence[HarnessTally], after: Sequence[HarnessTally], name: str, gate: Gate) -> Pairs:
+    """Needs tallies with ids."""
     known: dict[str, tuple[float, int]] = {}
-    for id, value, text in _by_id(before, name, gate):
+    for id, value, text, _ in _by_id(before, name, gate):
         known.setdefault(id, (value, text))
     left, right, ids, changed = [], [], [], 0
-    for id, value, text in _by_id(after, name, gate):
+    clusters: list[int] = []
+    for id, value, text, cluster in _by_id(after, name, gate):
         found = known.pop(id, None)
         if found is None:
             continue
@@ -281,10 +306,11 @@ def pairs(
         left.append(found[0])
         right.append(value)
         ids.append(id)
-    return left, right, ids, changed
+        clusters.append(cluster)
+    return Pairs(left, right, ids, clusters if gate.cluster else None, changed)
 
 
-def _by_id(harnesses: Sequence[HarnessTally], name: str, gate: Gate) -> Iterable[tuple[str, float, int]]:
+def _by_id(harnesses: Sequence[HarnessTally], name: str, gate: Gate) -> Iterable[tuple[str, float, int, int]]:
     for h in harnesses:
         # an id belongs to its harness; where a model has several of them, both are needed to find its pair
         prefix = f"{h.info.name}/" if len(harnesses) > 1 else ""
@@ -292,10 +318,13 @@ def _by_id(harnesses: Sequence[HarnessTally], name: str, gate: Gate) -> Iterable
             continue
         for v in h.reduced(name, exclude_errors=gate.on_error == "exclude").values:
             number = v.rate if gate.metric == "pass_rate" else v.score
-            yield f"{prefix}{h.ids[v.index]}", number, h.texts[v.index]
+            yield f"{prefix}{h.ids[v.index]}", number, h.texts[v.index], v.cluster
 
 
-def _p_value(before: Sequence[float], after: Sequence[float], gate: Gate) -> float:
+def _p_value(found: Pairs, gate: Gate) -> float:
+    before, after, _, clusters, _ = found
+    if clusters is not None:  # McNemar's test takes every sample for one that was drawn by itself
+        return paired(before, after, clusters, confidence=gate.confidence).p_value
     changes = [b - a for a, b in zip(before, after, strict=True)]
     if all(c in (-1.0, 0.0, 1.0) for c in changes):
         return mcnemar(changes.count(1.0), changes.count(-1.0))

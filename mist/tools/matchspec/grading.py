@@ -1,7 +1,9 @@
 """What a grader is: values in, a verdict out; and how the verdicts of one sample become its score.
 
-A grader is pure (`grade`), or it has to ask somebody (`grade_async`: a judge, embeddings, traces); never both. What no
-grader can do is pass by accident: one that fails is an error of the sample, which `negate` does not turn round.
+A grader is pure (`grade`), or it has to ask somebody, or takes its time (`grade_async`: a judge, embeddings, traces, a
+user's function). A pure one whose time depends on what is graded says so (`heavy`), and is then asked where it can be, else
+called in a thread: nobody else's sample waits for it. What no grader can do is pass by accident: one that fails,
+or takes too long, is an error of the sample, which `negate` does not turn round.
 """
 
 from __future__ import annotations
@@ -77,6 +79,14 @@ class Pure(Grader, Protocol):
 
 
 @runtime_checkable
+class Heavy(Pure, Protocol):
+    """Decides by itself, and mostly at once."""
+
+    def heavy(self, given: GradeInput) -> bool:
+        """Whether this one may take longer than others should wait (some 10 ms). `grade` is then called in a thread."""
+
+
+@runtime_checkable
 class Asking(Grader, Protocol):
     """Asks somebody else, and may fail with a MistError: an error of the sample, never a pass."""
 
@@ -112,6 +122,8 @@ def combine(scores: Sequence[Score], weights: Sequence[float] | None, pass_score
     (those of weight 0 only inform), or the score reaches `pass_score` where the harness has one. An error never passes."""
     if not scores:
         return False, 0.0
+    if len(scores) == 1 and weights is None and pass_score is None:
+        return scores[0].passed, scores[0].score
     if weights is None:
         score = sum(s.score for s in scores) / len(scores)
         passed = all(s.passed for s in scores)

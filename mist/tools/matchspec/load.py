@@ -15,6 +15,7 @@ which is the folder of the file that was named unless the caller or the setting 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from mist.tools.matchspec.specs.harness import gate_of, harness_of, harness_sett
 from mist.tools.matchspec.specs.models import answers_by_model, model_of
 from mist.tools.matchspec.specs.reading import Reading, yaml_document
 from mist.tools.matchspec.specs.samples import complaints, fields_of, rows_of, unknown_graders
-from mist.tools.matchspec.suite import Harness, Recorded, Suite, read_text, suite_of
+from mist.tools.matchspec.suite import Harness, Recorded, Suite, cluster_of, read_text, suite_of
 
 GATE_KEYS = ("thresholds", "statistics", "gate")
 HEAD = ("defaults", "output", "statistics", "concurrency", "timeout_seconds", "log_level")
@@ -90,6 +91,8 @@ def _told(file: str, exc: MistError) -> Problem:
     """An error as a problem. What it says about the place in front of its message stands in the place then."""
     line, column = int(exc.meta.get("line", "1")), int(exc.meta.get("column", "1"))
     message = exc.message
+    if "line" not in exc.meta and (found := re.match(re.escape(file) + r":(\d+): ", message)):
+        line = int(found[1])
     for prefix in (f"{file}:{line}:{column}: ", f"{file}:{line}: ", f"{file}: "):
         message = message.removeprefix(prefix)
     return Problem(file=file, line=line, column=column, message=message, hint=exc.hint)
@@ -176,7 +179,7 @@ def _suite(table: Table, path: Path, reading: Reading) -> Suite | None:
         return None
     return _checked(
         lambda: suite_of(name, harnesses, where=str(path), gate=gate, description=description, tags=tags, seed=seed),
-        table, harnesses, reading,
+        table, harnesses, gate.cluster, reading,
     )  # fmt: skip
 
 
@@ -206,16 +209,15 @@ def _alone(table: Table, path: Path, reading: Reading) -> Suite | None:
     for key in GATE_KEYS:
         table.raw(key)
     harness = harness_of(table, reading, path.parent)
-    if harness is None:
-        return None
-    gate = gate_of(table, reading.settings, [g.name for g in harness.graders])
-    if reading.problems.seen > before:
+    # what is wrong with the gate is said as well where the harness is wrong; then its graders are not known
+    gate = gate_of(table, reading.settings, [] if harness is None else [g.name for g in harness.graders])
+    if harness is None or reading.problems.seen > before:
         return None
     return _checked(
         lambda: suite_of(
             harness.name, [harness], where=str(path), gate=gate, description=harness.description, tags=tags, seed=seed
         ),
-        table, [harness], reading,
+        table, [harness], gate.cluster, reading,
     )  # fmt: skip
 
 
@@ -264,11 +266,13 @@ def _toml(table: Table, path: Path, reading: Reading) -> Suite | None:
     description = settings["description"]
     return _checked(
         lambda: suite_of(name, harnesses, where=str(path), gate=gate, description=description, tags=tags, seed=seed),
-        table, harnesses, reading,
+        table, harnesses, gate.cluster, reading,
     )  # fmt: skip
 
 
-def _checked(make: Callable[[], Suite], table: Table, harnesses: Sequence[Harness], reading: Reading) -> Suite | None:
+def _checked(
+    make: Callable[[], Suite], table: Table, harnesses: Sequence[Harness], cluster: str, reading: Reading
+) -> Suite | None:
     """The suite; or, when its checks refuse it, the samples that are to blame, each in its line."""
     before = reading.problems.seen
     try:
@@ -276,13 +280,16 @@ def _checked(make: Callable[[], Suite], table: Table, harnesses: Sequence[Harnes
     except MistError as exc:
         for harness in harnesses:
             if isinstance(harness.samples, Rows):
-                _blame(harness.samples, harness, reading.problems)
+                _blame(harness.samples, harness, cluster, reading.problems)
         if reading.problems.seen == before:
-            table.wrong(exc.message.removeprefix(f"{table.doc.file}: "), exc.hint)
+            key = exc.meta.get("key", "")
+            table.wrong(
+                exc.message.removeprefix(f"{table.doc.file}: "), exc.hint, key=key if key in table.value else ""
+            )
     return None
 
 
-def _blame(rows: Rows, harness: Harness, problems: Problems) -> None:
+def _blame(rows: Rows, harness: Harness, cluster: str, problems: Problems) -> None:
     names = [g.name for g in harness.graders]
     seen: dict[str, int] = {}
     file = str(rows.path)
@@ -298,12 +305,17 @@ def _blame(rows: Rows, harness: Harness, problems: Problems) -> None:
         seen.setdefault(found.id, line)
         said.extend(unknown_graders(found, names))
         said.extend(complaints(found, harness.graders, rows.fields.expected))
+        if cluster:
+            try:
+                cluster_of(found, cluster)
+            except InvalidArgument as exc:
+                said.append((f"sample {found.id}: {exc.message}", exc.hint))
         for message, hint in said:
             problems.add(rows.problem(line, message, hint))
 
 
 def _python(path: Path) -> list[Suite]:
-    from mist.tools.matchspec.graders.python import module_from
+    from mist.tools.matchspec.graders.python import line_of, module_from
 
     module = module_from(path)
     found = getattr(module, "SUITE", None)
@@ -313,7 +325,10 @@ def _python(path: Path) -> list[Suite]:
         except MistError:
             raise
         except Exception as exc:
-            raise InvalidArgument(f"{path}: suite(): {type(exc).__name__}: {exc}") from exc
+            line = line_of(exc, path)
+            raise InvalidArgument(
+                f"{path}:{line}: suite(): {type(exc).__name__}: {exc}", meta={"line": str(line)}
+            ) from exc
     many = found if isinstance(found, list | tuple) else [found]
     suites = [s for s in many if isinstance(s, Suite)]
     if not suites or len(suites) < len(many):

@@ -96,6 +96,8 @@ def differences(manifest: Manifest, suite: Suite) -> list[str]:
             found.append(f"{name}: other repeats, reducer or pass_score")
     if manifest.seed != suite.seed:
         found.append(f"another seed ({manifest.seed}, now {suite.seed})")
+    if manifest.gate.cluster != suite.gate.cluster:
+        found.append(f"clusters by {suite.gate.cluster or 'nothing'}, not {manifest.gate.cluster or 'nothing'}")
     if manifest.digests.code != suite.digests.code:
         found.append("other code of a grader")
     if not found:

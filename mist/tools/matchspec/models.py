@@ -48,6 +48,7 @@ from mist.errors import (
     Unavailable,
     Unsupported,
 )
+from mist.kit.aside import aside
 from mist.protocol.codec import decode_foreign, encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_RESPONSE
@@ -57,6 +58,7 @@ from mist.transport._status import error_for
 
 OUTPUT_BYTES_MAX = 8 * 1024 * 1024
 STDERR_CHARS_MAX = 500
+_PIECE = 1 << 16
 ANSWERS = (INFER_RESPONSE, f"{INFER_RESPONSE}.>")
 _HOLE = re.compile(r"\{\{\s*(input|system|id)\s*\}\}")
 _STEP = re.compile(r"(?:^|\.)([A-Za-z_$][\w$-]*)|\[(\d+)\]", re.ASCII)
@@ -367,20 +369,54 @@ class _Program:
         except (OSError, ValueError) as exc:
             raise NotFound(f"model {self._label}: cannot start {argv[0]!r}: {exc}") from exc
         try:
-            out, err = await process.communicate(q.prompt.encode() if by_stdin else None)
+            out, err = await _communicate(process, q.prompt.encode() if by_stdin else None)
+            if len(out) > OUTPUT_BYTES_MAX:  # it may go on for ever
+                raise TooLarge(f"answer of {self._label}", size_bytes=len(out), size_bytes_max=OUTPUT_BYTES_MAX)
+            await process.wait()
         except BaseException:
             await _end(process)
             raise
         if process.returncode:
             told = err.decode("utf-8", "replace").strip()[-STDERR_CHARS_MAX:]
             raise TransportError(f"model {self._label}: exit code {process.returncode}: {told}", retryable=False)
-        if len(out) > OUTPUT_BYTES_MAX:
-            raise TooLarge(f"answer of {self._label}", size_bytes=len(out), size_bytes_max=OUTPUT_BYTES_MAX)
         output = out.decode("utf-8", "replace").removesuffix("\n")
         return response(q, Answer(output=output, latency_ms=_since_ms(began)), self._label)
 
     async def aclose(self) -> None:
         return None
+
+
+async def _communicate(process: asyncio.subprocess.Process, given: bytes | None) -> tuple[bytes, bytes]:
+    """What it writes to its output, up to one byte more than may be, and the end of what it complains about."""
+
+    async def write() -> None:
+        if given is not None and process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read what it is asked
+                process.stdin.write(given)
+                await process.stdin.drain()
+            process.stdin.close()
+
+    async def complaints() -> bytes:
+        kept = b""
+        while stderr is not None and (piece := await stderr.read(_PIECE)):
+            kept = (kept + piece)[-4 * STDERR_CHARS_MAX :]
+        return kept
+
+    stdout, stderr = process.stdout, process.stderr
+    writing = asyncio.create_task(write())
+    complaining = asyncio.create_task(complaints())
+    try:
+        out = bytearray()
+        while stdout is not None and len(out) <= OUTPUT_BYTES_MAX and (piece := await stdout.read(_PIECE)):
+            out += piece
+        if len(out) > OUTPUT_BYTES_MAX:
+            return bytes(out), b""
+        await writing
+        return bytes(out), await complaining
+    finally:
+        for task in (writing, complaining):
+            task.cancel()
+        await asyncio.wait({writing, complaining})
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
@@ -404,7 +440,7 @@ class _Function:
             if inspect.iscoroutinefunction(self._call):
                 output = await self._call(q.prompt)
             else:
-                output = await asyncio.to_thread(self._call, q.prompt)
+                output = await aside(lambda: self._call(q.prompt))
         except MistError:
             raise
         except Exception as exc:  # somebody else's code may raise anything

@@ -72,6 +72,8 @@ def first(text: str, *, percent: Percent = "strip") -> Decimal | None:
 
 def last(text: str, *, percent: Percent = "strip") -> Decimal | None:
     """The last number of the text. Found from the end: what stands before it is not read."""
+    if len(text) <= DIGITS_MAX and text.isdigit() and text.isascii():
+        return Decimal(text)
     at = len(text.rstrip(_NO_DIGITS)) - 1
     if at < 0:
         return None
@@ -94,6 +96,9 @@ def _around(text: str, at: int) -> tuple[int, Decimal | None]:
     """(a place from which the number around the digit at `at` is found as in the whole text, because no number reaches
     across it; that number, where it is nothing but digits)."""
     begin, end = at, at + 1
+    if begin and text[begin - 1] in _DIGITS:  # most of a number is digits, and they are passed over at once
+        from_ = max(0, begin - DIGITS_MAX)
+        begin = from_ + len(text[from_:begin].rstrip(_DIGITS))
     while begin > 0:
         c = text[begin - 1]
         if c not in _PARTS:

@@ -91,7 +91,7 @@ class Manifest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 ErrorKind = Literal["", "no_answer", "model", "timeout", "grader"]
 
 
-class Result(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+class Result(Struct, frozen=True, omit_defaults=True, gc=False):
     """Payload of `eval.result`: the seed's keys, then ours. `task` is the sample's id, `key` its stable key, `index` its
     place in the harness's data (from 0), `epoch` which repeat (from 1). `answer` is what the first grader that found
     something compared. `error` says why there was nothing to judge (that is a failure too, and counted). Counts and
@@ -128,6 +128,8 @@ class Result(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     attempts: int = 1
     request_id: str = ""
     trace_id: str = ""
+    cluster: str = ""
+    """What the gate's `cluster` is for this sample."""
 
 
 class Brief(Struct, frozen=True, kw_only=True, gc=False):
@@ -223,31 +225,49 @@ def run_id_of(kind: str, run: str) -> str:
     return hashlib.sha256(f"{kind}:{run}".encode()).hexdigest()[:32]
 
 
+class Table:
+    """The rows of results told one by one: one per (suite, model)."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], list[int]] = {}
+
+    def add(self, suite: str, model: str, passed: bool) -> None:
+        counts = self._counts.setdefault((suite, model), [0, 0])
+        counts[0] += passed
+        counts[1] += 1
+
+    def rows(self, models: Iterable[str] = ()) -> list[Row]:
+        """Models in the order given, then as they came."""
+        order = {m: i for i, m in enumerate(models)}
+        out = []
+        for suite, model in sorted(self._counts, key=lambda k: order.get(k[1], len(order))):
+            k, n = self._counts[suite, model]
+            low, high = wilson(k, n)
+            out.append(Row(suite=suite, model=model, passed=k, total=n, rate=k / n, ci_low=low, ci_high=high))
+        return out
+
+
 def rows(results: Iterable[Result], models: Iterable[str] = ()) -> list[Row]:
-    """The table of these results, one row per (suite, model), models in the order given, then as they come."""
-    passed: dict[tuple[str, str], int] = {}
-    total: dict[tuple[str, str], int] = {}
+    """The table of these results."""
+    table = Table()
     for r in results:
-        key = (r.suite, r.model)
-        total[key] = total.get(key, 0) + 1
-        passed[key] = passed.get(key, 0) + r.passed
-    order = {m: i for i, m in enumerate(models)}
-    out = []
-    for suite, model in sorted(total, key=lambda k: order.get(k[1], len(order))):
-        n, k = total[suite, model], passed[suite, model]
-        low, high = wilson(k, n)
-        out.append(Row(suite=suite, model=model, passed=k, total=n, rate=k / n, ci_low=low, ci_high=high))
-    return out
+        table.add(r.suite, r.model, r.passed)
+    return table.rows(models)
 
 
 async def records(stream: Stream, subjects: tuple[str, ...], *, after: int | None = None) -> AsyncIterator[Record]:
     """The records with these subjects, up to the end as it is now. `after` None = from the first kept one. A backend
     that is away is waited for, within bounds."""
+    async for page in _pages(stream, subjects, after):
+        for record in page:
+            yield record
+
+
+async def _pages(stream: Stream, subjects: tuple[str, ...], after: int | None) -> AsyncIterator[list[Record]]:
     at = (await again(stream.info)).first - 1 if after is None else after
     while True:
         page = await _page(stream, at, subjects)
-        for record in page.records:
-            yield record
+        yield page.records
         at = page.scanned
         if at >= page.last:
             return
@@ -398,7 +418,7 @@ class Counting:
     """Which results of one run count, told one by one in the order of the stream. Memory: a bit per result, and the errors.
 
     `doubled`: how many do not count. `tokens` and `usd` are of all answers of the run itself, also of results that do not
-    count; `unpriced` answers had no cost."""
+    count; `unpriced` answers had no cost, `uncounted` ones did not say their tokens."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
@@ -410,7 +430,7 @@ class Counting:
         self.doubled = 0
         self.tokens = 0
         self.usd = 0.0
-        self.unpriced = 0
+        self.unpriced = self.uncounted = 0
         self._through = dict(head.ancestors)
 
     @property
@@ -461,6 +481,7 @@ class Counting:
             return
         if result.request_id:
             self.tokens += (result.tokens_in or 0) + (result.tokens_out or 0)
+            self.uncounted += not result.error and (result.tokens_in is None or result.tokens_out is None)
             if result.cost_usd is None:
                 self.unpriced += not result.error
             else:
@@ -483,10 +504,11 @@ async def each_result(stream: Stream, head: Head, counting: Counting | None = No
 async def each_brief(stream: Stream, head: Head, counting: Counting | None = None) -> AsyncIterator[StoredBrief]:
     """`each_result`, without the texts and several times faster."""
     counting = counting or Counting(head)
-    async for record in of_run(stream, head):
-        stored = brief_of(record)
-        if stored is not None and counting.add(stored):
-            yield stored
+    async for page in _pages_of_run(stream, head):
+        for record in page:
+            stored = brief_of(record)
+            if stored is not None and counting.add(stored):
+                yield stored
     for error in counting.errors.values():
         if isinstance(error, StoredBrief):
             yield error
@@ -494,10 +516,19 @@ async def each_brief(stream: Stream, head: Head, counting: Counting | None = Non
 
 def of_run(stream: Stream, head: Head) -> AsyncIterator[Record]:
     """The records that may be results of a run: its own and those of its ancestors."""
+    subjects, after = _where(head)
+    return records(stream, subjects, after=after)
+
+
+def _pages_of_run(stream: Stream, head: Head) -> AsyncIterator[list[Record]]:
+    return _pages(stream, *_where(head))
+
+
+def _where(head: Head) -> tuple[tuple[str, ...], int | None]:
     # a run's results come after its manifest; its ancestors' come earlier
     after = None if head.ancestors else head.sequence - 1
     names = [*(name for name, _ in head.ancestors), head.manifest.run]
-    return records(stream, tuple(result_subject(name) for name in names), after=after)
+    return tuple(result_subject(name) for name in names), after
 
 
 async def read_run(stream: Stream, run: str) -> Run:

@@ -55,7 +55,9 @@ from mist.tools.matchspec.results import (
     ErrorKind,
     Parent,
     Result,
+    Row,
     Run,
+    Table,
     each_brief,
     list_runs,
     read_head,
@@ -68,6 +70,10 @@ from mist.transport.stream import open_place
 
 BATCH = 512
 BATCH_BYTES_MAX = 4 * 1024 * 1024
+WAITING_MAX = 4
+"""For each one judged at a time, so many may be done or wait before they are caught up with."""
+STORE_EVERY_S = 0.5
+"""What takes a grader its time is stored at least so often, as far as it is finished."""
 INFER_STREAM = "infer"
 QUESTIONS_STREAM = "infer-requests"
 CURSOR_EVERY_S = 0.5
@@ -83,7 +89,7 @@ CLOCKS_APART_S = 3600
 class Limits(Struct, frozen=True, kw_only=True):
     """None = no limit. `usd` and `tokens` are of the whole run over all its resumptions, `seconds` of this call. Up to
     `concurrency` questions may be in flight when one is reached: their answers are kept and paid. A limit in dollars
-    needs costs: an answer without one, and no price for it, stops the run."""
+    needs costs: an answer without one, and no price for it, stops the run; one in tokens needs both counts."""
 
     usd: float | None = None
     tokens: int | None = None
@@ -106,6 +112,10 @@ class Outcome(Struct, frozen=True, kw_only=True):
     usd: float = 0.0
     unpriced: int = 0
     tokens: int = 0
+    rows: list[Row] = []
+    """The table of all its results that count."""
+    unanswered: int = 0
+    """Of them, those that had no answer to judge."""
 
 
 def cursor_name(run: str) -> str:
@@ -129,7 +139,7 @@ async def find_unfinished(stream: Stream, suite: Suite) -> str | None:
 
 def result_id(run: str, harness: str, key: str, epoch: int, mark: str = "") -> str:
     """The envelope id of a result: the same for the same work, so that repeating it is stored once."""
-    return hashlib.sha256(msgspec.json.encode([run, harness, key, epoch, mark])).hexdigest()[:32]
+    return hashlib.sha256(_json([run, harness, key, epoch, mark])).hexdigest()[:32]
 
 
 async def run_suite(
@@ -174,6 +184,8 @@ async def run_suite(
 
 Item = tuple[int, Sample, int, int]
 """Index, sample, epoch, slot."""
+_LATER = Message("", b"")
+"""Stands where a result is still to come."""
 
 
 class Runner:
@@ -291,6 +303,10 @@ class Runner:
         """What is left of a harness, in order."""
         slots, errors = self.counting.slots, {} if self._retry_errors else self.counting.errors
         slot = slots.first(harness.name)
+        if harness.epochs == 1 and not slots.done and not errors:
+            for index, sample in enumerate(harness.samples):
+                yield index, sample, 1, slot + index
+            return
         for index, sample in enumerate(harness.samples):
             for epoch in range(1, harness.epochs + 1):
                 if not slots.has(slot) and slot not in errors:
@@ -304,11 +320,7 @@ class Runner:
             for harness in self.suite.harnesses:
                 if self.ended():
                     break
-                compare = None
-                if self._scores is not None:
-                    scores = self._scores
-                    compare = lambda key, epoch, scores=scores: scores.get((key, epoch))  # noqa: E731
-                judge = Judge(self.suite.name, harness, self.run, baseline=compare)
+                judge = self.judge(harness)
                 known = at_once(harness)
                 if known is not None and not judge.asks:
                     await self._at_once(harness, judge, known)
@@ -316,6 +328,11 @@ class Runner:
                     await self._asking(harness, judge, known)
         finally:
             await self.save_cursor(force=True)
+
+    def judge(self, harness: Harness) -> Judge:
+        scores = self._scores
+        compare = None if scores is None else lambda key, epoch: scores.get((key, epoch))
+        return Judge(self.suite.name, harness, self.run, baseline=compare, cluster=self.suite.gate.cluster)
 
     def ended(self) -> bool:
         """Whether nothing new is to be begun; then `why` says it."""
@@ -327,6 +344,8 @@ class Runner:
         limits, counting = self._limits, self.counting
         if limits.seconds is not None and self.clock() - self._began >= limits.seconds:
             self.why = f"the limit of {limits.seconds:g} s is reached"
+        elif limits.tokens is not None and counting.uncounted:
+            self.why = f"the limit of {limits.tokens} tokens cannot be kept: an answer does not say how many it took"
         elif limits.tokens is not None and counting.tokens >= limits.tokens:
             self.why = f"the limit of {limits.tokens} tokens is reached: {counting.tokens} were used"
         elif limits.usd is not None and counting.unpriced:
@@ -336,12 +355,35 @@ class Runner:
         return bool(self.why)
 
     async def _at_once(self, harness: Harness, judge: Judge, known: Callable[[Sample], Answer | str | None]) -> None:
-        """Answers that are there, and graders that decide at once: a batch is judged while the one before is stored."""
+        """Answers that are there, and graders that decide at once: a batch is judged while the one before is stored. What
+        takes a grader its time is judged at the end of the batch, `concurrency` samples at a time."""
         storing: asyncio.Task[list[int]] | None = None
         stored = 0
         messages: list[Message] = []
+        later: list[tuple[int, Item, str]] = []
+        later_max = WAITING_MAX * harness.concurrency
         size = 0
+        handed_over = self.clock()
         name, errors = harness.name, self.counting.errors
+
+        async def slowly(waiting: Iterator[tuple[int, Item, str]]) -> None:
+            nonlocal size
+            for at, (index, sample, epoch, slot), key in waiting:
+                if self.ended():
+                    return  # left for whoever goes on with the run
+                result = await judge.asking(sample, known(sample), key, index, epoch, timeout_s=harness.timeout_s)
+                if slot not in errors or not result.error:
+                    message = messages[at] = self.message(result, retried=slot in errors)
+                    size += len(message.data)
+
+        async def catch_up() -> None:
+            """The messages of those that were put off, each in its place."""
+            nonlocal later
+            waiting = iter(later)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(harness.concurrency, len(later))):
+                    group.create_task(slowly(waiting))
+            later = []
 
         async def settle() -> None:
             nonlocal storing
@@ -350,10 +392,15 @@ class Runner:
                 await self._stored(await task, stored)
 
         async def hand_over() -> None:
-            nonlocal storing, stored, messages, size
+            nonlocal storing, stored, messages, size, handed_over
+            if later:
+                await catch_up()
             await settle()
-            batch, messages, size = messages, [], 0
+            batch, messages, size = [m for m in messages if m is not _LATER] if judge.slow else messages, [], 0
+            handed_over = self.clock()
             stored = len(batch)
+            if not batch:
+                return
             storing = asyncio.create_task(self._append(batch))
             if self._limiter is not None:
                 await settle()
@@ -361,16 +408,26 @@ class Runner:
             await asyncio.sleep(0)  # let the append begin before the next batch is judged
 
         try:
-            for index, sample, epoch, slot in self.items(harness):
+            for item in self.items(harness):
+                index, sample, epoch, slot = item
                 key = sample_key(name, sample)
                 result = judge.at_once(sample, known(sample), key, index, epoch)
                 retried = slot in errors
-                if retried and result.error:
+                if result is None:
+                    later.append((len(messages), item, key))
+                    message = _LATER
+                elif retried and result.error:
                     continue  # the old result stays
-                message = self.message(result, retried=retried)
+                else:
+                    message = self.message(result, retried=retried)
                 messages.append(message)
                 size += len(message.data)
-                if len(messages) >= self.batch or size >= BATCH_BYTES_MAX:
+                if len(later) >= later_max:
+                    await catch_up()
+                    due = self.clock() - handed_over >= STORE_EVERY_S or self.ended()
+                else:
+                    due = False
+                if due or len(messages) >= self.batch or size >= BATCH_BYTES_MAX:
                     await hand_over()
                     if self.ended():
                         break
@@ -521,12 +578,19 @@ class Runner:
         await again(lambda: self.broker.checkpoints.save(checkpoint, force=True))
 
     async def outcome(self, collect: bool) -> Outcome:
+        table = Table()
+        suite = self.head.manifest.suite
+        unanswered = 0
         if collect:
             run = await read_run(self.stream, self.run)
+            for stored in run.results:
+                table.add(suite, stored.result.model, stored.result.passed)
+                unanswered += stored.result.error_kind == "no_answer"
         else:
             counting = Counting(self.head)
-            async for _ in each_brief(self.stream, self.head, counting):
-                pass
+            async for brief in each_brief(self.stream, self.head, counting):
+                table.add(suite, brief.result.model, brief.result.passed)
+                unanswered += brief.result.error_kind == "no_answer"
             run = Run(counting.info, self.head.manifest, [], counting.doubled)
         counting = self.counting
         return Outcome(
@@ -541,13 +605,15 @@ class Runner:
             usd=counting.usd,
             unpriced=counting.unpriced,
             tokens=counting.tokens,
+            rows=table.rows(run.manifest.models),
+            unanswered=unanswered,
         )
 
 
 @contextlib.asynccontextmanager
 async def _publishing(stream: Stream, harness: Harness) -> AsyncIterator[Publisher]:
     """A batching window. Where the run ends by an error, that one is raised and not what became of the window."""
-    publisher = Publisher(stream, pending_max=harness.concurrency * 4)
+    publisher = Publisher(stream, pending_max=harness.concurrency * WAITING_MAX)
     try:
         yield publisher
     except BaseException:
@@ -698,7 +764,7 @@ class _ResultEnvelope(Struct, frozen=True, kw_only=True, gc=False):
     causation_id: str
 
 
-_encode = msgspec.json.Encoder().encode
+_encode = _json = msgspec.json.Encoder().encode
 
 
 def _writable(result: Result) -> Result:

@@ -24,9 +24,9 @@ from mist.broker.base import Broker, Record, Stream
 from mist.errors import InvalidArgument, MistError, NotFound, Overloaded, Unavailable
 from mist.kit.prices import Prices
 from mist.tools.matchspec.graders.hands import Hands, equip
-from mist.tools.matchspec.report import count, report_of
+from mist.tools.matchspec.report import report_of
 from mist.tools.matchspec.reports.values import Report, at
-from mist.tools.matchspec.results import Manifest, read_heads
+from mist.tools.matchspec.results import Manifest, read_heads, run_info
 from mist.tools.matchspec.run import Runner
 from mist.tools.matchspec.select import by_ids, by_tags, split
 from mist.tools.matchspec.suite import CONCURRENCY_MAX, Suite
@@ -34,11 +34,12 @@ from mist.tools.matchspec.tracing import publish_spans
 
 AT_ONCE = 2
 WAITING_MAX = 100
-REPORTS_MAX = 256
+KNOWN_MAX = 10_000
+"""Runs whose outcome is kept in memory, so that a list of them reads no results again."""
 FRESH_S = 60.0
 """A run that is not complete and not ours counts as running elsewhere when its last record is younger."""
-BY, TAGS = "by", "select"
-"""Keys of a manifest's tags: who began the run, and which samples it is of."""
+BY, TAGS, AT_A_TIME = "by", "select", "concurrency"
+"""Keys of a manifest's tags: who began the run, which samples it is of, and how many are asked at a time where that was said."""
 SERVICE = "service"
 Say = Callable[[str], None]
 
@@ -72,6 +73,19 @@ class State(Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class _Outcome(Struct, frozen=True):
+    """What a run came to, up to the record `last` of the stream."""
+
+    last: int
+    status: str
+    verdict: str
+    finished_at: str
+    total: int
+    completed: int
+    settled: bool
+    """Whether no further record changes it: an error may be replaced by a better result."""
+
+
 class Service:
     """`run` works until it is stopped; `begin`, `states` and `report` are for who asks meanwhile."""
 
@@ -96,7 +110,7 @@ class Service:
         self._clock = clock
         self._jobs: dict[str, Job] = {}
         self._failed: dict[str, str] = {}
-        self._reports: OrderedDict[str, tuple[int, Report]] = OrderedDict()
+        self._known: OrderedDict[str, _Outcome] = OrderedDict()
         self._reading = asyncio.Lock()
         self._broker: Broker | None = None
         self._stream: Stream | None = None
@@ -129,13 +143,13 @@ class Service:
         for id, (manifest, record) in (await read_heads(self.stream)).items():
             if manifest.tags.get(BY) != SERVICE:
                 continue
-            counted = await count(self.stream, id, examples_max=0)
-            if counted.tally.done >= counted.tally.total:
+            if (await run_info(self.stream, id)).complete:
                 continue
             try:
                 suite = self._part(manifest.suite, split(manifest.tags.get(TAGS, "")), manifest.tasks)
                 if suite.digest != manifest.digest:
                     raise InvalidArgument(f"suite {suite.name} is not what it was when run {id} began")
+                suite = _at_a_time(suite, manifest.tags.get(AT_A_TIME, ""))
                 await self._start(id, suite, record.timestamp_ns, (), {})
                 self.resumed += 1
             except MistError as exc:
@@ -157,15 +171,15 @@ class Service:
         """A new run, its manifest stored; with the `id` of one that exists, that one is gone on with. Raises NotFound for the suite or the baseline, InvalidArgument where nothing of it
         is meant, Overloaded, Unavailable."""
         part = self._part(suite, tags, tasks)
-        if concurrency is not None:
-            if not 1 <= concurrency <= CONCURRENCY_MAX:
-                raise InvalidArgument(f"concurrency={concurrency} does not lie in 1..{CONCURRENCY_MAX}")
-            part = replace(part, harnesses=tuple(replace(h, concurrency=concurrency) for h in part.harnesses))
+        if concurrency is not None and not 1 <= concurrency <= CONCURRENCY_MAX:
+            raise InvalidArgument(f"concurrency={concurrency} does not lie in 1..{CONCURRENCY_MAX}")
         now = datetime.fromtimestamp(self._clock(), UTC)
         id = id or f"run-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         if id in self._jobs:
             return self._jobs[id]
         told = {BY: SERVICE} | ({TAGS: ",".join(tags)} if tags else {})
+        told |= {AT_A_TIME: str(concurrency)} if concurrency is not None else {}
+        part = _at_a_time(part, told.get(AT_A_TIME, ""))
         job = await self._start(id, part, int(now.timestamp() * 1e9), tasks, told, baseline)
         self.begun += 1
         return job
@@ -249,29 +263,36 @@ class Service:
         job = self._jobs.get(id)
         if job is not None:
             return replace(found, completed=job.completed)
-        report = await self._light(id)
-        found = replace(found, total=report.total, completed=report.completed)
-        ended = replace(found, status=report.status, finished_at=report.finished_at, verdict=report.verdict)
-        if report.completed >= report.total:
+        outcome = await self._outcome(id)
+        found = replace(found, total=outcome.total, completed=outcome.completed)
+        ended = replace(found, status=outcome.status, finished_at=outcome.finished_at, verdict=outcome.verdict)
+        if outcome.completed >= outcome.total:
             return ended
         error = self._failed.get(id, "")
-        if not error and self._clock() - datetime.fromisoformat(report.finished_at).timestamp() < FRESH_S:
+        if not error and self._clock() - datetime.fromisoformat(outcome.finished_at).timestamp() < FRESH_S:
             return found
         return replace(ended, status="error", error=error or "it was stopped before it was complete")
 
-    async def _light(self, id: str) -> Report:
-        """The report without examples; kept, where no further record can change it, or none came."""
+    async def _outcome(self, id: str) -> _Outcome:
+        """Kept, where no further record can change it, or none came."""
         async with self._reading:  # who asks meanwhile finds it read
             last = (await self.stream.info()).last
-            known = self._reports.get(id)
-            if known is None or not (_settled(known[1]) or known[0] == last):
-                known = self._reports[id] = last, await report_of(self.stream, id, examples_max=0)
-            self._reports.move_to_end(id)
-            while len(self._reports) > REPORTS_MAX:
-                self._reports.popitem(last=False)
-            return known[1]
+            known = self._known.get(id)
+            if known is None or not (known.settled or known.last == last):
+                report = await report_of(self.stream, id, examples_max=0)
+                settled = report.completed >= report.total and not report.model_errors
+                known = self._known[id] = _Outcome(
+                    last, report.status, report.verdict, report.finished_at, report.total, report.completed, settled
+                )
+            self._known.move_to_end(id)
+            while len(self._known) > KNOWN_MAX:
+                self._known.popitem(last=False)
+            return known
 
 
-def _settled(report: Report) -> bool:
-    """Whether no further record changes it: an error may be replaced by a better result."""
-    return report.completed >= report.total and not report.model_errors
+def _at_a_time(suite: Suite, text: str) -> Suite:
+    """The suite with so many questions at a time; else as its harnesses say."""
+    concurrency = int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
+    if not 1 <= concurrency <= CONCURRENCY_MAX:
+        return suite
+    return replace(suite, harnesses=tuple(replace(h, concurrency=concurrency) for h in suite.harnesses))

@@ -46,6 +46,7 @@ class Statistics(Struct, frozen=True, kw_only=True):
     use_lower_bound: bool = False
     min_sample_size: int = 0
     min_sample_action: Literal["warn", "fail"] = "warn"
+    cluster: str = ""
 
 
 class MatchSpecSettings(Struct, frozen=True, kw_only=True):
@@ -145,6 +146,7 @@ TEMPLATE = """\
 # use_lower_bound = false
 # min_sample_size = 0
 # min_sample_action = "warn"      # warn, fail
+# cluster = ""                    # a field of the samples' metadata; those with the same value depend on one another
 # [eval]                          # short words for the same
 # timeout = 0.0                   # seconds: timeout_seconds
 # parallel = 0                    # concurrency

@@ -28,6 +28,8 @@ RESAMPLES = 1000
 DRAWN_MAX = 1000
 """Up to so many values (or clusters) the bootstrap is drawn."""
 SEED = 20260131
+FLAT = 1e-9
+"""Clusters whose sums differ by less than this from what the mean says do not vary."""
 MCNEMAR_EXACT_MAX = 10_000
 """Up to so many changed samples McNemar's test is exact; above, the normal approximation agrees to three digits."""
 _NORMAL = NormalDist()
@@ -142,6 +144,11 @@ def standard_error(values: Sequence[float], clusters: Sequence[Hashable] | None 
     return sqrt(fsum(r * r for r in off) * g / (g - 1)) / len(values) if g > 1 else None
 
 
+def count_clusters(clusters: Sequence[Hashable] | None, n: int) -> int:
+    """How many independent things were drawn."""
+    return n if clusters is None else len(set(clusters))
+
+
 def bootstrap(
     values: Sequence[float],
     clusters: Sequence[Hashable] | None = None,
@@ -167,12 +174,13 @@ def bootstrap(
 def score_interval(
     scores: Sequence[float], clusters: Sequence[Hashable] | None = None, *, confidence: float = CONFIDENCE
 ) -> Interval:
-    """The interval of a mean of scores in 0..1: the bootstrap's, or, where all scores are equal and it would claim to know
-    everything, Wilson's: no set of scores in 0..1 with this mean spreads more than one of zeros and ones."""
-    mean_of(scores)
-    if min(scores) == max(scores) and 0 <= scores[0] <= 1:
-        n = len(scores) if clusters is None else len(set(clusters))
-        return wilson(scores[0] * n, n, confidence)
+    """The interval of a mean of scores in 0..1: the bootstrap's, or, where nothing varies (all scores, or those of the
+    clusters as a whole) and it would claim to know everything, Wilson's over what was drawn: no set of scores in 0..1 with
+    this mean spreads more than one of zeros and ones."""
+    mean = mean_of(scores)
+    if min(scores) >= 0 and max(scores) <= 1 and max(map(abs, _residuals(scores, mean, clusters))) < FLAT:
+        n = count_clusters(clusters, len(scores))
+        return wilson(min(1.0, mean) * n, n, confidence)
     return bootstrap(scores, clusters, confidence=confidence)
 
 
@@ -185,7 +193,9 @@ def paired(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Difference:
-    """`after` minus `before`, sample by sample. The p-value is the share of resampled means beyond zero, doubled."""
+    """`after` minus `before`, sample by sample. The p-value is the share of resampled means beyond zero, doubled; where
+    none is, the normal one, as a thousand draws could not tell 0.002 from less, and several comparisons at once must. It is
+    never less than all signs being the same by chance."""
     if len(before) != len(after):
         raise InvalidArgument(f"{len(before)} and {len(after)} values are no pairs")
     values = [b - a for a, b in zip(before, after, strict=True)]
@@ -193,14 +203,16 @@ def paired(
     off = _residuals(values, mean, clusters)
     if not any(off):
         return Difference(mean, mean, mean, 1.0 if mean == 0 or len(off) < 2 else 2.0 ** (1 - len(off)))
+    error = sqrt(fsum(r * r for r in off)) / len(values)
     if len(off) > DRAWN_MAX:
         low, high = _expanded(off, mean, len(values), z_of(confidence))
-        error = sqrt(fsum(r * r for r in off)) / len(values)
         return Difference(mean, low, high, 2 * _NORMAL.cdf(-abs(mean) / error))
     means = _resampled(off, mean, len(values), resamples, seed)
     cut = (1 - confidence) / 2
     beyond = min(sum(m <= 0 for m in means), sum(m >= 0 for m in means))
     p = min(1.0, 2 * (beyond + 1) / (len(means) + 1))
+    if not beyond:
+        p = max(min(p, 2 * _NORMAL.cdf(-abs(mean) / error)), 2.0 ** (1 - len(off)))
     return Difference(mean, _quantile(means, cut), _quantile(means, 1 - cut), p)
 
 

@@ -21,12 +21,15 @@ from msgspec.structs import replace
 
 from mist.errors import InvalidArgument, NotFound, Refused
 from mist.tools.matchspec.grading import Asking, Grader, Pure, code_of, describe
+from mist.tools.matchspec.positions import nearest
 from mist.tools.matchspec.reducers import reducer
 
 LINE_BYTES_MAX = 10 * 1024 * 1024
 CONCURRENCY_MAX = 1024
 EPOCHS_MAX = 1000
 EXCERPT = 60
+CLUSTER_CHARS_MAX = 200
+"""Of the value that a sample's metadata has for the field that clusters."""
 
 
 class Sample(Struct, frozen=True, gc=False):
@@ -177,7 +180,11 @@ class Gate(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown
     """What a run must reach. `overall` and `per_grader` are thresholds in 0..1 for the `metric`: the share of samples that
     passed, or the mean score; `overall` None: 1 for what nothing else names. `use_lower_bound` compares the lower end of the interval at `confidence`. `on_error`: an
     error counts as failed, or is left out as long as no more than `errors_max_share` are. Ceilings: None = none; a cost
-    that is not known is above every ceiling."""
+    that is not known is above every ceiling.
+
+    `cluster`: a field of the samples' metadata, such as the document a question is about. Samples with the same value depend
+    on one another: intervals, standard errors and comparisons then take whole clusters for what was drawn. Every sample must
+    have it, and its value goes into the results: it is part of the suite's digest, unlike all else here."""
 
     overall: float | None = None
     per_grader: dict[str, float] = {}
@@ -192,6 +199,7 @@ class Gate(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown
     """Of the whole run."""
     latency_ms_max: float | None = None
     """Of the 95th percentile."""
+    cluster: str = ""
 
 
 class Digests(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -203,7 +211,7 @@ class Digests(Struct, frozen=True, kw_only=True, omit_defaults=True):
     code: str = ""
     """Of the graders' source."""
     settings: str = ""
-    """Prompts, repeats, reducers, the seed."""
+    """Prompts, repeats, reducers, the seed, what clusters."""
 
 
 class Suite(Struct, frozen=True, kw_only=True):
@@ -259,15 +267,16 @@ def suite_of(
         raise InvalidArgument(f"{where}: two harnesses are called the same, or one has no name")
     gate = gate or Gate()
     _check_gate(gate, {g.name for h in harnesses for g in h.graders}, where)
-    checked = tuple(_checked(h, where) for h in harnesses)
+    checked = tuple(_checked(h, gate.cluster, where) for h in harnesses)
+    settings: list[Any] = [
+        name, seed, [[h.name, h.system, h.template, h.epochs, h.reducer, h.pass_score] for h in checked],
+    ]  # fmt: skip
     digests = Digests(
         data=_sha([[h.name, h.data_digest] for h in checked]),
         models=_sha([[h.name, model_settings(h.model)] for h in checked]),
         graders=_sha([[h.name, [describe(g) for g in h.graders]] for h in checked]),
         code=_sha([[h.name, [code_of(g) for g in h.graders]] for h in checked]),
-        settings=_sha(
-            [name, seed, [[h.name, h.system, h.template, h.epochs, h.reducer, h.pass_score] for h in checked]]
-        ),
+        settings=_sha([*settings, gate.cluster] if gate.cluster else settings),
     )
     return Suite(
         name=name,
@@ -349,7 +358,22 @@ def _check_gate(gate: Gate, graders: set[str], where: str) -> None:
             raise InvalidArgument(f"{where}: gate: {name} = {ceiling} is no ceiling")
 
 
-def _checked(h: Harness, where: str) -> Harness:
+def cluster_of(sample: Sample, field: str) -> str:
+    """The sample's cluster: the text of its metadata's `field`. Raises InvalidArgument when it has none, as a misspelt field
+    would otherwise make every interval too narrow."""
+    found = sample.metadata.get(field)
+    if found is None or found == "":
+        raise InvalidArgument(
+            f"no {field!r} in the metadata, by which the gate clusters",
+            hint=nearest(field, sample.metadata) if sample.metadata else "this sample has none",
+        )
+    text = found if isinstance(found, str) else _canonical(found).decode()
+    if len(text) > CLUSTER_CHARS_MAX:
+        raise InvalidArgument(f"{field!r} in the metadata is longer than {CLUSTER_CHARS_MAX} characters")
+    return text
+
+
+def _checked(h: Harness, cluster: str, where: str) -> Harness:
     at = where if h.name == h.label else f"{where}: harness {h.name}"
     if not h.graders:
         raise InvalidArgument(f"{at}: the suite has no graders, nothing would be judged")
@@ -380,10 +404,10 @@ def _checked(h: Harness, where: str) -> Harness:
     if not label_of(h.model):
         raise InvalidArgument(f"{at}: the model has no name")
     reducer(h.reducer, h.epochs, at)
-    return replace(h, data_digest=_read(h, names, at))
+    return replace(h, data_digest=_read(h, names, cluster, at))
 
 
-def _read(h: Harness, names: list[str], at: str) -> str:
+def _read(h: Harness, names: list[str], cluster: str, at: str) -> str:
     """One pass over the samples: every check, and the digest of the data (answers included)."""
     digest = hashlib.sha256()
     judged: dict[tuple[str, ...], list[Grader]] = {(): list(h.graders)}
@@ -409,6 +433,13 @@ def _read(h: Harness, names: list[str], at: str) -> str:
                 g.check(sample.expected)
             except InvalidArgument as exc:
                 raise InvalidArgument(f"{at}: sample {sample.id}: {exc.message}", hint=exc.hint) from exc
+        if cluster:
+            try:
+                cluster_of(sample, cluster)
+            except InvalidArgument as exc:
+                raise InvalidArgument(
+                    f"{at}: sample {sample.id}: {exc.message}", hint=exc.hint, meta={"key": "statistics"}
+                ) from exc
         output = sample.output
         if recorded is not None:
             output = recorded.answers.get(sample.id) if recorded.answers is not None else output
@@ -473,10 +504,12 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of the lines that are not empty."""
     try:
         with path.open("rb") as f:
-            for number, line in enumerate(iter(lambda: f.readline(LINE_BYTES_MAX + 1), b""), 1):
+            number = 0
+            while line := f.readline(LINE_BYTES_MAX + 1):
+                number += 1
                 if len(line) > LINE_BYTES_MAX:
                     raise InvalidArgument(f"{path}:{number}: longer than {LINE_BYTES_MAX} bytes")
-                if line.strip():
+                if not line.isspace():
                     yield number, line
     except FileNotFoundError as exc:
         raise NotFound(f"no file {path}") from exc

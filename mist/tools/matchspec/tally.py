@@ -31,6 +31,8 @@ class Value(Struct, frozen=True, gc=False):
     index: int
     score: float
     rate: float
+    cluster: int = 0
+    """A hash of the sample's cluster, where results have one."""
 
 
 class Reduced(Struct, frozen=True):
@@ -60,7 +62,7 @@ class Column:
 class HarnessTally:
     """The numbers of one harness. `weights` of its graders where they have some; `thresholds` of their own."""
 
-    def __init__(self, info: HarnessInfo) -> None:
+    def __init__(self, info: HarnessInfo, *, clustered: bool = False) -> None:
         self.info = info
         self.overall = Column(info.total)
         names = [(str(g.get("name") or g.get("type") or ""), g) for g in info.graders]
@@ -69,6 +71,7 @@ class HarnessTally:
         self.informing = {name for name, g in names if g.get("weight") == 0}
         self.ids: list[str] = []
         self.texts = array("q")
+        self.clusters = array("q", bytes(8 * info.samples)) if clustered else None
 
     def place(self, result: Result) -> int | None:
         if not (0 <= result.index < self.info.samples and 1 <= result.epoch <= self.info.epochs):
@@ -88,10 +91,11 @@ class HarnessTally:
         column = self.column(name)
         states, scores, epochs = column.states, column.scores, self.info.epochs
         errors, judged = states.count(ERROR), states.count(FAILED) + states.count(PASSED)
+        of = self.clusters or bytes(self.info.samples)
         dropped = (ABSENT, ERROR) if exclude_errors else (ABSENT,)
         if epochs == 1:
             values = [
-                Value(i, scores[i], 1.0 if state == PASSED else 0.0)
+                Value(i, scores[i], 1.0 if state == PASSED else 0.0, of[i])
                 for i, state in enumerate(states)
                 if state not in dropped
             ]
@@ -102,7 +106,7 @@ class HarnessTally:
             at = [i for i in range(index * epochs, (index + 1) * epochs) if states[i] not in dropped]
             if at:
                 score, rate = reduce([scores[i] for i in at], [states[i] == PASSED for i in at])
-                values.append(Value(index, score, rate))
+                values.append(Value(index, score, rate, of[index]))
         return Reduced(values, errors, judged)
 
 
@@ -111,10 +115,15 @@ class Tally:
 
     def __init__(self, manifest: Manifest, *, ids: bool = False, examples_max: int = EXAMPLES_MAX) -> None:
         self.manifest = manifest
-        self.harnesses = {h.name: HarnessTally(h) for h in manifest.harnesses or _before_harnesses(manifest)}
+        clustered = bool(manifest.gate.cluster)
+        self.harnesses = {
+            h.name: HarnessTally(h, clustered=clustered) for h in manifest.harnesses or _before_harnesses(manifest)
+        }
         self.total = sum(h.info.total for h in self.harnesses.values())
         self.done = self.errors = self.passed = self.failed = 0
         self.cost_unknown = self.latency_unknown = 0
+        self.unclustered = 0
+        """Results without a cluster."""
         self._costs = array("d")
         self._latencies = array("d")
         self.tokens_in: int | None = None
@@ -148,6 +157,9 @@ class Tally:
         self.passed += passed
         self.failed += not passed
         self._spent(result)
+        self.unclustered += not result.cluster
+        if h.clusters is not None:
+            h.clusters[at // h.info.epochs] = hash(result.cluster)
         if self._keeps_ids:
             h.ids[at // h.info.epochs] = result.task
             h.texts[at // h.info.epochs] = hash((result.input, result.expected))

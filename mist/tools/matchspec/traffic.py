@@ -25,7 +25,7 @@ from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE
 from mist.tools.matchspec.asking import SOURCE, Answer, read_answer
 from mist.tools.matchspec.grading import Grader
 from mist.tools.matchspec.results import PAGE
-from mist.tools.matchspec.suite import Harness, Recorded, Sample, Suite, suite_of
+from mist.tools.matchspec.suite import Harness, Recorded, Sample, Suite, cluster_of, suite_of
 
 ANSWERS_MAX = 100_000
 OPEN_MAX = 100_000
@@ -165,6 +165,10 @@ def suite_of_traffic(base: Suite, traffic: Traffic) -> Made:
         names = like.graders if like is not None else () if len(free) == len(graders) else free
         metadata = {"request_id": e.id, "trace_id": e.answer.trace_id if e.answer is not None else ""}
         expected, tags = (like.expected, like.tags) if like is not None else ("", ())
+        if base.gate.cluster:  # questions that nobody knows stand for themselves
+            metadata[base.gate.cluster] = (
+                cluster_of(like, base.gate.cluster) if like is not None else f"request {e.id[-150:]}"
+            )
         samples.setdefault(e.model, []).append(
             Sample(e.id, e.input, expected, graders=names, tags=tags, metadata=metadata)
         )

@@ -20,7 +20,7 @@ class Killed(BaseException):
 class Oracle:
     """Answers `n` with `n`, and `n` from `wrong_from` on with 0. Counts every question by its text."""
 
-    def __init__(self, wrong_from: int = 10**9, *, tokens: int = 10, usd: float | None = 0.01) -> None:
+    def __init__(self, wrong_from: int = 10**9, *, tokens: int | None = 10, usd: float | None = 0.01) -> None:
         self.asked: Counter[str] = Counter()
         self.ids: list[str] = []
         self.wrong_from = wrong_from

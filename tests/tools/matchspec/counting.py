@@ -7,6 +7,7 @@ from typing import Any
 
 from mist.tools.matchspec.grading import Score
 from mist.tools.matchspec.results import HarnessInfo, Manifest, Result
+from mist.tools.matchspec.suite import Gate
 from mist.tools.matchspec.tally import Tally
 
 GRADERS = [{"type": "exact", "name": ""}]
@@ -14,6 +15,7 @@ GRADERS = [{"type": "exact", "name": ""}]
 
 def manifest(samples: int, *names: str, graders: list[dict[str, Any]] | None = None, **more: Any) -> Manifest:
     """One harness per name, each with a model of that name."""
+    cluster = more.pop("cluster", "")
     harnesses = [
         HarnessInfo(name=n, model=n, samples=samples, graders=GRADERS if graders is None else graders, **more)
         for n in names or ("m",)
@@ -21,6 +23,7 @@ def manifest(samples: int, *names: str, graders: list[dict[str, Any]] | None = N
     return Manifest(
         suite="s", run="r", models=[h.model for h in harnesses], samples=samples * len(harnesses),
         total=sum(h.total for h in harnesses), harnesses=harnesses,
+        gate=Gate(cluster=cluster),
     )  # fmt: skip
 
 
@@ -33,9 +36,17 @@ def result(index: int, score: float = 1.0, *, harness: str = "m", error: str = "
     )  # fmt: skip
 
 
-def tally(scores: Sequence[float], *, ids: bool = False, harness: str = "m", **more: Any) -> Tally:
-    """One harness; a negative score is an error."""
-    found = Tally(manifest(len(scores), harness, **more), ids=ids)
+def tally(
+    scores: Sequence[float],
+    *,
+    ids: bool = False,
+    harness: str = "m",
+    clusters: Sequence[str] | None = None,
+    **more: Any,
+) -> Tally:
+    """One harness; a negative score is an error. `clusters`: of each result, by the field `document`."""
+    found = Tally(manifest(len(scores), harness, cluster="document" if clusters else "", **more), ids=ids)
     for index, score in enumerate(scores):
-        found.add(result(index, max(score, 0.0), harness=harness, error="broken" if score < 0 else ""))
+        said = {"cluster": clusters[index]} if clusters else {}
+        found.add(result(index, max(score, 0.0), harness=harness, error="broken" if score < 0 else "", **said))
     return found

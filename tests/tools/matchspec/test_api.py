@@ -152,6 +152,73 @@ def test_a_restart_goes_on_with_accepted_runs_and_asks_nothing_twice() -> None:
     run(whole())
 
 
+def test_a_finished_run_answers_the_same_after_a_restart_and_is_not_read_for_every_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its report and verdict are in the stream, also where another service knows neither the run nor its suite."""
+
+    async def body() -> None:
+        async with mist.connect("memory:") as broker:
+            async with serving(broker, recorded(gate=Gate(overall=0.7))) as (client, _):
+                id = (await client.post("/run", json={"suite": "math"})).json()["run_id"]
+                before = await ended(client, id)
+                listed = (await client.get("/results")).json()
+            async with serving(broker, recorded("other")) as (client, _):
+                assert (await client.get(f"/results/{id}")).json() == before
+                reads = 0
+                read = services.report_of
+
+                async def counted(*args: Any, **more: Any) -> Any:
+                    nonlocal reads
+                    reads += 1
+                    return await read(*args, **more)
+
+                monkeypatch.setattr(services, "report_of", counted)
+                for _ in range(3):
+                    assert (await client.get("/results")).json() == listed
+                assert reads == 0
+                assert (before["verdict"], listed["runs"][0]["verdict"]) == ("PASS", "PASS")
+
+    run(body())
+
+
+def test_how_many_are_asked_at_a_time_outlives_a_restart() -> None:
+    at_once = most = 0
+    hold = asyncio.Event()
+
+    async def ask(request: Envelope) -> Envelope:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await hold.wait()
+        at_once -= 1
+        return Envelope.new("infer.response", {"content": "0"}, source="t", correlation_id=request.id)
+
+    async def until(wanted: int) -> None:
+        while at_once < wanted:
+            await asyncio.sleep(0)
+
+    async def body() -> None:
+        nonlocal at_once, most
+        async with mist.connect("memory:") as broker:
+            async with serving(broker, asking(), hands=Hands(ask=ask)) as (client, service):
+                id = (await client.post("/run", json={"concurrency": 3})).json()["run_id"]
+                await until(3)
+                stop = service._stop
+                assert stop is not None
+                stop.set()
+                hold.set()
+            at_once = most = 0
+            hold.clear()
+            async with serving(broker, asking(), hands=Hands(ask=ask)) as (client, _):
+                await until(3)
+                hold.set()
+                await ended(client, id)
+        assert most == 3
+
+    run(body())
+
+
 def test_a_call_that_fails_because_everything_stops_is_no_result() -> None:
     """The router of the same process may end first: the sample is asked again after the restart."""
 

@@ -329,6 +329,18 @@ def test_a_limit_stops_a_run_which_can_be_gone_on_with(limits: Limits, usd: floa
     run(body())
 
 
+def test_a_limit_in_tokens_needs_answers_that_say_theirs() -> None:
+    """Unknown is not zero: such a limit would never be reached."""
+
+    async def body() -> None:
+        async with mist.connect("memory:") as broker:
+            done = await go(broker, asking(), ask=Oracle(tokens=None), limits=Limits(tokens=5))
+            assert (done.stopped, done.ran <= 4) == (True, True)
+            assert "the limit of 5 tokens cannot be kept" in done.why
+
+    run(body())
+
+
 def test_prices_tell_what_nobody_stated() -> None:
     """A table gives the cost of answers without one; then a limit in dollars can be kept."""
 

@@ -233,3 +233,23 @@ def test_help_and_usage(matchspec: Any) -> None:
 def test_options_are_renamed_up_to_a_double_dash() -> None:
     names = {"-o": "--as", "--output": "--as"}
     assert renamed(["-o", "x", "--output=y", "--", "-o"], names) == ["--as", "x", "--as=y", "--", "-o"]
+
+
+def test_no_command_reads_a_whole_run_into_memory(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a million samples is run, shown, replayed and graded again in the memory of a small one."""
+    from mist.tools.matchspec import results, run
+
+    async def whole(*_: object) -> None:
+        raise AssertionError("a whole run was read")
+
+    for module in (results, run):
+        monkeypatch.setattr(module, "read_run", whole)
+    suite("sums", a="3")
+    ran = shell("eval", "run", "sums.yml", "--run", "a", "--format", "json")
+    assert [(r["passed"], r["total"]) for r in json.loads(ran.out)] == [(2, 3)]
+    failed = json.loads(shell("eval", "show", "a", "--failed", "-n", "1", "--format", "json").out)
+    assert [(r["task"], r["output"]) for r in failed] == [("a", "3")]
+    assert json.loads(shell("eval", "show", "a", "--format", "json").out) == json.loads(ran.out)
+    again = json.loads(shell("eval", "replay", "a", "--from", "3", "--format", "json").out)
+    assert (again["results"], again["eval"][0]["passed"]) == (2, 2)
+    assert json.loads(shell("eval", "rescore", "a", "sums.yml", "--run", "b", "--format", "json").out)[0]["passed"] == 2

@@ -15,9 +15,10 @@ from mist.errors import Conflict, InvalidArgument, NotFound, Unavailable
 from mist.kit.prices import Price, Prices
 from mist.tools.matchspec.derive import Plan, dry_run, fork, history, replay, rescore
 from mist.tools.matchspec.graders import grader
+from mist.tools.matchspec.report import report_of
 from mist.tools.matchspec.results import Run, list_runs, read_run
 from mist.tools.matchspec.run import run_suite
-from mist.tools.matchspec.suite import Infer, Sample, recorded_suite
+from mist.tools.matchspec.suite import Gate, Infer, Sample, recorded_suite, suite_of
 
 from .asked import Oracle, asking
 
@@ -155,6 +156,30 @@ def test_rescoring_grades_the_recorded_outputs_and_nothing_else() -> None:
             assert (await rescore(broker, stream, strict, source="a", run="b")).ran == 0
             with pytest.raises(Conflict, match="recorded no output"):
                 await rescore(broker, stream, asking(10, name="other"), source="a", run="d")
+
+    run(body())
+
+
+def test_rescoring_gives_a_run_its_clusters() -> None:
+    """Another cluster is another suite: going on is refused, and rescoring asks nobody."""
+
+    async def body() -> None:
+        async with mist.connect("memory:") as broker:
+            stream = await broker.open("eval")
+            samples = [Sample(f"s{i}", str(i), str(i), metadata={"document": i // 4}) for i in range(8)]
+            oracle = Oracle()
+            before = asking(8, samples=samples)
+            await run_suite(broker, stream, before, run="a", ask=oracle)
+            clustered = suite_of(
+                before.name, before.harnesses, where="t", gate=Gate(overall=0.5, cluster="document"), seed=before.seed
+            )
+            with pytest.raises(Conflict, match="clusters by document, not nothing"):
+                await run_suite(broker, stream, clustered, run="a", ask=oracle)
+            assert not (await report_of(stream, "a", gate=clustered.gate)).ok
+            await rescore(broker, stream, clustered, source="a", run="b")
+            assert oracle.calls == 8
+            found = await report_of(stream, "b")
+            assert [(g.n, g.clusters, g.passed) for g in found.grader_results] == [(8, 2, True)]
 
     run(body())
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mist.tools.matchspec.compare import compare
 from mist.tools.matchspec.gate import judge
 from mist.tools.matchspec.grading import Score
 from mist.tools.matchspec.reports.values import OVERALL, Grade
@@ -108,6 +109,63 @@ def _same_model(m: Any) -> Any:
     from msgspec.structs import replace
 
     return replace(m, models=["one"], harnesses=[replace(h, model="one") for h in m.harnesses])
+
+
+# ------------------------------------------------------------------------------------------------- what clusters
+
+
+DOCUMENTS = [f"d{i // 20}" for i in range(200)]
+"""Ten documents with twenty questions each."""
+WHOLE = [1.0] * 180 + [0.0] * 20
+"""Nine of them answered, one not: 0.9 either way, and far less certain over documents."""
+
+
+def test_questions_about_one_document_are_not_drawn_one_by_one() -> None:
+    rules = gate(overall=0.8, use_lower_bound=True)
+    alone = judge(tally(WHOLE), rules)
+    assert alone.ok
+    found = judge(tally(WHOLE, clusters=DOCUMENTS), gate(overall=0.8, use_lower_bound=True, cluster="document"))
+    (exact,) = found.grades
+    assert (exact.score, exact.n, exact.clusters) == (0.9, 200, 10)
+    assert (exact.ci_lower or 1) < 0.75 < (alone.grades[0].ci_lower or 0)
+    assert (exact.standard_error or 0) > 4 * (alone.grades[0].standard_error or 1)
+    assert not found.ok
+
+
+def test_few_clusters_are_said_and_one_tells_nothing() -> None:
+    rules = gate(overall=0.5, use_lower_bound=True, cluster="document")
+    few = judge(tally([1.0, 1.0, 1.0, 0.0] * 5, clusters=["a", "b", "c", "d"] * 5), rules)
+    assert few.warnings == ["m: exact: with 4 clusters the interval is rough"]
+    one = judge(tally([1.0] * 50, clusters=["a"] * 50), rules)
+    assert (one.ok, one.grades[0].standard_error) == (False, None)
+    assert "it takes 4 clusters that all pass, there are 1" in one.reasons[0]
+    same = judge(tally([1.0, 0.0] * 50, clusters=[f"d{i // 2}" for i in range(100)]), rules)
+    assert (same.grades[0].ci_lower or 0) < 0.5  # clusters that are all alike do not make it a point
+
+
+def test_results_that_do_not_say_their_cluster_never_pass() -> None:
+    rules = gate(overall=0.0, cluster="document")
+    assert judge(tally(WHOLE), rules).reasons == [
+        "the results do not say their 'document', by which the gate clusters: rescore the run"
+    ]
+    without = judge(tally(WHOLE, clusters=["", *DOCUMENTS[1:]]), rules)
+    assert without.reasons == ["1 of 200 results do not say their 'document': rescore the run"]
+
+
+def test_a_loss_in_one_document_may_be_chance_where_its_questions_are_not() -> None:
+    before, after = [1.0] * 200, [0.0] * 20 + [1.0] * 180
+    alone = judge(tally(after, ids=True), gate(overall=0.5), baseline=tally(before, ids=True))
+    assert [g.passed for g in alone.grades] == [False]
+    rules = gate(overall=0.5, cluster="document")
+    found = judge(
+        tally(after, ids=True, clusters=DOCUMENTS), rules, baseline=tally(before, ids=True, clusters=DOCUMENTS)
+    )
+    assert (found.ok, round(found.grades[0].delta or 0, 3)) == (True, -0.1)
+    (row,) = compare(tally(before, ids=True, clusters=DOCUMENTS), tally(after, ids=True, clusters=DOCUMENTS))
+    assert (row.clusters, len(row.lost)) == (10, 20)
+    assert row.p_value > 0.05
+    (row,) = compare(tally(before, ids=True), tally(after, ids=True, clusters=DOCUMENTS))
+    assert (row.clusters, row.p_value < 1e-5) == (None, True)  # one side does not say: samples by themselves
 
 
 # ------------------------------------------------------------------------------------------------- what never does

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -355,7 +356,8 @@ def test_a_python_grader_is_a_function_of_the_suite(tmp_path: Path) -> None:
         "def odd(given): return 'yes'\n"
         "def high(given): return 1.5\n"
         "def nan(given): return float('nan')\n"
-        "async def later(given): return True\n"
+        "def leave(given): raise SystemExit(0)\n"
+        "async def later(given): return 0.25\n"
     )
 
     def made(name: str, **more: Any) -> Any:
@@ -363,15 +365,18 @@ def test_a_python_grader_is_a_function_of_the_suite(tmp_path: Path) -> None:
         g.within(tmp_path)
         return g
 
-    found = {n: scored(made(n), look("abc")) for n in ("short", "half", "own", "boom", "odd", "high", "nan")}
+    found = {n: scored(made(n), look("abc")) for n in ("short", "half", "own", "boom", "odd", "high", "nan", "leave")}
     assert {n: (s.passed, s.score) for n, s in found.items() if not s.error} == {
         "short": (True, 1.0), "half": (False, 0.5), "own": (True, 0.9),
     }  # fmt: skip
     assert "KeyError" in found["boom"].error
-    assert not any(found[n].passed for n in ("boom", "odd", "high", "nan"))
+    assert not any(found[n].passed for n in ("boom", "odd", "high", "nan", "leave"))
     assert scored(made("half", pass_score=0.5), look("abc")).passed
     with pytest.raises(InvalidArgument, match="coroutine"):
-        made("later").check("")
+        made("later").grade(look("abc"))
+    assert run(made("later").grade_async(look("abc"))).score == 0.25
+    assert run(made("short").grade_async(look("abc"))).passed
+    assert not run(made("later").grade_async(look(" "))).passed
     before = code_of(made("short"))
     assert str(tmp_path) not in str(describe(made("short")))
     (tmp_path / "mine.py").write_text("def short(given): return True\n")

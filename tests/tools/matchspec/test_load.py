@@ -335,6 +335,50 @@ def test_toml_has_places_too(tmp_path: Path) -> None:
     assert suite.harnesses[0].model == shapes.Echo()
 
 
+def test_the_gate_is_looked_at_where_the_harness_is_wrong_too(tmp_path: Path) -> None:
+    path = tmp_path / "s.yml"
+    path.write_text(
+        "version: 1\nname: s\ndataset: {name: d, examples: [{id: a, input: x, expected: x}]}\nmodel: {type: echo}\n"
+        "graders: [{type: exakt}]\nthresholds: {overall: 1.2}\nstatistics: {cluster: [a]}\n"
+    )
+    assert [(p.line, p.column) for p in validate([path])] == [(5, 18), (6, 23), (7, 23)]
+
+
+def test_what_a_python_suite_or_a_line_of_solutions_gets_wrong_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text("def suite():\n    x = 1\n    raise ValueError(x)\n")
+    (tmp_path / "s.jsonl").write_text('{"question": "q", "ground_truth": "A: 1", "m": {"solution": "A: 1"}}\n{"a\n')
+    found = validate([tmp_path / "s.py", tmp_path / "s.jsonl"])
+    assert [(p.line, p.message.partition(":")[0]) for p in found] == [
+        (3, "suite()"), (2, "not a line of recorded solutions"),
+    ]  # fmt: skip
+
+
+def test_what_clusters_is_in_every_sample_and_in_the_digest(tmp_path: Path) -> None:
+    lines = [{"id": i, "input": "x", "expected": "x", "metadata": {"document": i // 2}} for i in range(4)]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "version: 1\nname: s\ndataset: d.jsonl\nmodel: {type: echo}\ngraders: [{type: exact}]\n"
+    path = tmp_path / "s.yml"
+    path.write_text(text)
+    plain = load_suite(path)
+    path.write_text(text + "statistics:\n  cluster: document\n")
+    suite = load_suite(path)
+    assert (suite.gate.cluster, suite.digest == plain.digest) == ("document", False)
+    assert [shapes.cluster_of(s, "document") for s in suite.harnesses[0].samples] == ["0", "0", "1", "1"]
+    path.write_text(text)
+    assert load(path, env={"MATCHSPEC_STATISTICS_CLUSTER": "document"}).suites[0].digest == suite.digest
+    data.write_text(data.read_text().replace('"document": 1', '"documents": 1'))
+    path.write_text(text + "statistics: {cluster: document}\n")
+    said = "sample 2: no 'document' in the metadata, by which the gate clusters. did you mean 'documents'?"
+    assert [str(p).splitlines()[0] for p in validate([path])] == [
+        f"{data}:{n}:1: {said.replace('2', str(n - 1), 1)}" for n in (3, 4)
+    ]
+    inline = text.replace("d.jsonl", "{name: d, examples: [{id: a, input: x, expected: x}]}")
+    path.write_text(inline + "statistics: {cluster: document}\n")
+    (problem,) = validate([path])
+    assert (problem.line, problem.hint) == (6, "this sample has none")
+
+
 MODELS = [
     ("{type: infer, model: m, url: 'http://h', params: {top_p: 0.5}}", shapes.Infer(model="m", url="http://h", params={"top_p": 0.5})),
     ("{type: command, command: [cat, -n], input_via: arg}", shapes.Command(command=("cat", "-n"), input_via="arg")),

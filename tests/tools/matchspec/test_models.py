@@ -17,10 +17,11 @@ from conftest import run
 
 import mist
 from mist.broker.base import Stream
-from mist.errors import InvalidArgument, Malformed, MistError, NotAuthorised, NotFound
+from mist.errors import InvalidArgument, Malformed, MistError, NotAuthorised, NotFound, TooLarge
 from mist.protocol.codec import decode, encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_RESPONSE
+from mist.tools.matchspec import models
 from mist.tools.matchspec.asking import question, read_answer
 from mist.tools.matchspec.models import Answerer, answerer, at_once, fill, load_callable, path_steps, pick
 from mist.tools.matchspec.suite import Command, Echo, Harness, Http, Infer, ModelSpec, Noop, Python, Sample
@@ -67,6 +68,16 @@ def test_a_program_answers(via: Any, code: str) -> None:
     """Its standard output without the last new line; no shell looks at the input."""
     model = Command(command=(sys.executable, "-S", "-c", code), input_via=via)
     assert run(asked(model)) == 'SAY "HI"'
+
+
+def test_a_program_that_never_stops_talking_is_ended_and_one_that_reads_nothing_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No more of it is kept than an answer may have."""
+    monkeypatch.setattr(models, "OUTPUT_BYTES_MAX", 100_000)
+    with pytest.raises(TooLarge):
+        run(asked(Command(command=("sh", "-c", "while :; do echo yes; echo no >&2; done"))))
+    assert run(asked(Command(command=("sh", "-c", "exec <&-; echo yes")), template="x" * 10**6)) == "yes"
 
 
 def test_a_program_that_fails_is_an_error_and_one_that_is_slow_is_killed_with_its_children(tmp_path: Path) -> None:

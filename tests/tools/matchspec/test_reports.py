@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mist.errors import InvalidArgument
 from mist.tools.matchspec.reports import FORMATS, Example, Grade, Report, badge, render
@@ -154,6 +155,15 @@ def test_a_passing_report_has_no_failure_in_it() -> None:
     assert "✓ (≥0.900)" in render(good, "text")
     assert "❌" not in render(good, "markdown")
     assert "PASS 1.00" in badge.write(good)
+
+
+def test_clusters_are_told_wherever_a_reader_sees_how_many_samples_there_were() -> None:
+    found = report()
+    rows = [replace(g, clusters=3) for g in found.grader_results]
+    for format in ("text", "junit", "markdown", "html"):
+        assert "in 3 clusters" in render(replace(found, grader_results=rows), format)
+        assert "clusters" not in render(found, format)
+    assert "bootstrap over clusters" in render(replace(found, grader_results=rows), "html")
 
 
 def test_json_has_the_documents_keys() -> None:

@@ -156,6 +156,17 @@ def test_a_paired_difference_tells_a_shift_from_noise() -> None:
         paired([1.0], [])
 
 
+def test_a_difference_beyond_all_draws_has_a_smaller_p_value_unless_there_are_few() -> None:
+    """Twenty-five comparisons at once must be able to find it; five values cannot say more than 1 in 16."""
+    n = 200
+    before = [0.5 + (i % 7) / 100 for i in range(n)]
+    after = [b - 0.3 + (i % 5) / 100 for i, b in enumerate(before)]
+    assert paired(before, after).p_value < 1e-6
+    assert paired(before[:5], after[:5]).p_value == 2.0**-4
+    clusters = [i % 5 for i in range(n)]
+    assert paired(before, after, clusters).p_value == 2.0**-4
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 @settings(max_examples=50)
 def test_holm_never_makes_a_p_value_smaller_and_keeps_their_order(ps: list[float]) -> None:

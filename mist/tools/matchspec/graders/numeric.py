@@ -27,31 +27,34 @@ class Numeric(Marked, frozen=True, kw_only=True, tag="numeric"):
         self._wanted(self.wanted(expected))
 
     def judge(self, output: str, expected: str) -> Verdict:
-        answer = self._number(output, marked=bool(self.marker))
+        answer = _found(output, self.percent, self._takes_first[0])
         if answer is None:
             return Verdict(False, 0.0, None, "no number in the output")
         wanted = self._wanted(expected)
-        return decided(answer == wanted or close(answer, wanted, self._allowed(wanted)), plain(answer))
+        right = answer == wanted
+        if not right and self._tolerances:
+            absolute, relative = self._tolerances
+            right = close(answer, wanted, max(absolute, relative * abs(wanted)) if relative else absolute)
+        return decided(right, plain(answer))
 
     @cached_property
-    def _tolerances(self) -> tuple[Decimal, Decimal]:
+    def _tolerances(self) -> tuple[Decimal, Decimal] | None:
+        if not self.tolerance and not self.relative_tolerance:
+            return None
         return Decimal(str(self.tolerance)), Decimal(str(self.relative_tolerance))
 
-    def _allowed(self, wanted: Decimal) -> Decimal:
-        absolute, relative = self._tolerances
-        return max(absolute, relative * abs(wanted)) if relative else absolute
-
     def _wanted(self, expected: str) -> Decimal:
-        found = _expected(expected, self.percent, self._takes_first(marked=bool(self.expected_marker)))
+        found = _expected(expected, self.percent, self._takes_first[1])
         if found is None:
             raise self.wrong(f"no number in the expected text {expected[-60:]!r}")
         return found
 
-    def _number(self, text: str, *, marked: bool) -> Decimal | None:
-        return _found(text, self.percent, self._takes_first(marked=marked))
-
-    def _takes_first(self, *, marked: bool) -> bool:
-        return marked if not self.pick else self.pick == "first"
+    @cached_property
+    def _takes_first(self) -> tuple[bool, bool]:
+        """In the output, and in the expected text."""
+        if self.pick:
+            return self.pick == "first", self.pick == "first"
+        return bool(self.marker), bool(self.expected_marker)
 
 
 def _found(text: str, percent: Percent, take_first: bool) -> Decimal | None:

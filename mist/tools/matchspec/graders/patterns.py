@@ -4,8 +4,8 @@ Python's `re` tries alternatives one after the other, and a pattern such as `(a+
 text of forty letters. So the worst case of a pattern is estimated once, from its parse tree: variable repeats inside
 a repeat, and many optional parts in a row, make it *exponential*; otherwise it takes about `length ** (1 + number
 of unbounded repeats)` steps. What stays under STEPS_MAX steps for the text at hand is matched at once. Anything else
-is matched in a process of its own, which is ended after SECONDS_MAX: then the grader has an error, and the sample
-has not passed. No pattern is refused for its shape, and no text for its length.
+is matched in a process of its own (`far` tells before), which is ended after SECONDS_MAX: then the grader has an error,
+and the sample has not passed. No pattern is refused for its shape, and no text for its length.
 
 `{{expected}}` in a pattern stands for the expected text, escaped.
 """
@@ -23,7 +23,7 @@ import msgspec
 
 from mist.errors import InvalidArgument, TimedOut
 from mist.tools.matchspec.graders.base import Marked, decided, fill, slots
-from mist.tools.matchspec.grading import Verdict
+from mist.tools.matchspec.grading import GradeInput, Verdict
 
 STEPS_MAX = 100_000_000
 SECONDS_MAX = 5.0
@@ -59,6 +59,11 @@ class Matcher:
 
     def _written(self, expected: str) -> str:
         return fill(self.pattern, {"expected": re.escape(expected)}) if self.filled else self.pattern
+
+    def far(self, text: str, expected: str) -> bool:
+        """Whether `search` would begin a process."""
+        degree = compiled(self._written(expected), self.flags)[1]
+        return degree is None or len(text) ** degree > STEPS_MAX
 
     def search(self, text: str, expected: str) -> str | None:
         """What the pattern finds first in the text; None = nothing. Raises TimedOut."""
@@ -170,6 +175,10 @@ class Regex(Marked, frozen=True, kw_only=True, tag="regex"):
 
     def wanted(self, expected: str) -> str:
         return super().wanted(expected) if self.matcher.filled else ""
+
+    def heavy(self, given: GradeInput) -> bool:
+        # a marker only shortens the output, and expectations are escaped: letters, whatever they are
+        return self.matcher.far(given.output, given.expected)
 
     def judge(self, output: str, expected: str) -> Verdict:
         found = self.matcher.search(output, expected)

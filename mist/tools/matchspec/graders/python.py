@@ -1,9 +1,12 @@
 """A function of the user's as a grader.
 
 `function` is `module:name` or `file.py:name` (a file of the suite's folder). It is called with the GradeInput and gives
-a bool, a score from 0 to 1, or a Verdict; anything else, and any exception, is an error of the grader. It runs in the
-program that grades, with all its rights and at its pace: run suites of people you trust. The source file it stands in is
-part of the suite's digest.
+a bool, a score from 0 to 1, or a Verdict; anything else, and any exception, is an error of the grader.
+
+The contract: a plain function is called in a thread, several at a time (as many as the harness's `concurrency`); a coroutine
+function is awaited in the event loop of the run, and must not block it. Either has the harness's `timeout_s`; one that takes
+longer is an error of the grader, and a thread it holds is left behind (kit/aside.py). It runs in the program that
+grades, with all its rights: run suites of people you trust. The source file it stands in is part of the suite's digest.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from mist.errors import InvalidArgument, MistError
+from mist.kit.aside import aside
 from mist.tools.matchspec.graders.base import EMPTY, Base, Share, decided, rated
 from mist.tools.matchspec.grading import GradeInput, Verdict
 
@@ -50,12 +54,13 @@ def module_from(path: Path) -> ModuleType:
         raise InvalidArgument(f"{path}:{at['line']}:{at['column']}: {exc.msg}", meta=at) from exc
     except Exception as exc:
         del sys.modules[name]
-        line = _line(exc, path)
+        line = line_of(exc, path)
         raise InvalidArgument(f"{path}:{line}: {type(exc).__name__}: {exc}", meta={"line": str(line)}) from exc
     return module
 
 
-def _line(exc: BaseException, path: Path) -> int:
+def line_of(exc: BaseException, path: Path) -> int:
+    """The innermost line of the file that led to the exception."""
     line, at = 1, exc.__traceback__
     while at is not None:
         if at.tb_frame.f_code.co_filename == str(path):
@@ -110,8 +115,6 @@ class Python(Base, frozen=True, kw_only=True, tag="python"):
         found = getattr(self._module, name, None)
         if not callable(found):
             raise self.wrong(f"no function {name} in {self.function.rpartition(':')[0]}")
-        if inspect.iscoroutinefunction(found):
-            raise self.wrong(f"{self.function} is a coroutine function; a plain one is wanted")
         typed: Callable[[GradeInput], Any] = found
         return typed
 
@@ -124,14 +127,34 @@ class Python(Base, frozen=True, kw_only=True, tag="python"):
             raise self.wrong(f"no source of {self.function} that could be part of the digest") from exc
 
     def grade(self, given: GradeInput) -> Verdict:
+        """Here and now, for who has one output and nothing else to do. Not for coroutine functions."""
         if not given.output or given.output.isspace():
             return EMPTY
+        if inspect.iscoroutinefunction(self.call):
+            raise self.wrong(f"{self.function} is a coroutine function: `grade_async` awaits it")
         try:
-            found = self.call(given)
+            return self._verdict(self.call(given), given)
+        except MistError:
+            raise
+        except (Exception, SystemExit) as exc:
+            raise self.wrong(f"{type(exc).__name__}: {exc}") from exc
+
+    def heavy(self, given: GradeInput) -> bool:
+        return True  # for all we know
+
+    async def grade_async(self, given: GradeInput) -> Verdict:
+        if not given.output or given.output.isspace():
+            return EMPTY
+        if not inspect.iscoroutinefunction(self.call):
+            return await aside(lambda: self.grade(given))
+        try:
+            return self._verdict(await self.call(given), given)
         except MistError:
             raise
         except Exception as exc:
             raise self.wrong(f"{type(exc).__name__}: {exc}") from exc
+
+    def _verdict(self, found: Any, given: GradeInput) -> Verdict:
         match found:
             case bool():
                 return decided(found, given.output)

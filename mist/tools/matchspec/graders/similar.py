@@ -8,7 +8,10 @@ from msgspec import Meta
 
 from mist.tools.matchspec.graders import jsonvalue, likeness
 from mist.tools.matchspec.graders.base import Marked, Share, Text, rated
-from mist.tools.matchspec.grading import Verdict
+from mist.tools.matchspec.grading import GradeInput, Verdict
+
+HEAVY_CELLS = 10_000_000
+"""Characters times characters that are compared in some 10 ms."""
 
 
 class Levenshtein(Text, frozen=True, kw_only=True, tag="levenshtein"):
@@ -16,6 +19,9 @@ class Levenshtein(Text, frozen=True, kw_only=True, tag="levenshtein"):
 
     kind: ClassVar[str] = "levenshtein"
     pass_score: Share = 0.8
+
+    def heavy(self, given: GradeInput) -> bool:
+        return len(given.output) * len(given.expected) > HEAVY_CELLS
 
     def compare(self, said: str, wanted: str, output: str) -> Verdict:
         return rated(likeness.levenshtein(said, wanted), self.pass_score, output)

@@ -99,17 +99,23 @@ def _grades(report: Report) -> list[str]:
         "<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in heads) + "</tr></thead><tbody>",
         *map(_grade, report.grader_results),
         (
-            f"</tbody></table><p><small>Intervals at {report.confidence:.0%}: Wilson's for rates, bootstrap for means. "
+            f"</tbody></table><p><small>Intervals at {report.confidence:.0%}: {_intervals(report)}. "
             f"The gate compares the {'lower limit' if report.use_lower_bound else 'score'}.</small></p>"
         ),
     ]
+
+
+def _intervals(report: Report) -> str:
+    if any(g.clusters is not None for g in report.grader_results):
+        return "bootstrap over clusters of samples"
+    return "Wilson's for rates, bootstrap for means"
 
 
 def _grade(grade: Grade) -> str:
     tone = "" if grade.threshold is None else "pass" if grade.passed else "fail"
     cells = (
         grade.harness, grade.model, grade.name, f"{number(grade.score)} ({grade.metric})",
-        f"{number(grade.ci_lower)} to {number(grade.ci_upper)}", str(grade.n), str(grade.errors),
+        f"{number(grade.ci_lower)} to {number(grade.ci_upper)}", grade.size, str(grade.errors),
         number(grade.threshold), number(grade.baseline_score), number(grade.delta), number(grade.p_value),
     )  # fmt: skip
     return f'<tr class="{tone}" title="{_e(grade.why)}">' + "".join(f"<td>{_e(c)}</td>" for c in cells) + "</tr>"

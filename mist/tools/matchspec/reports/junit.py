@@ -37,7 +37,7 @@ def _gate(report: Report) -> tuple[int, int, int, str]:
             continue
         where = " / ".join(dict.fromkeys(p for p in (grade.harness, grade.model) if p)) or report.suite
         name = f"{grade.name} >= {grade.threshold:.3f}"
-        told = f"{number(grade.score)} [{number(grade.ci_lower)}, {number(grade.ci_upper)}] n={grade.n}"
+        told = f"{number(grade.score)} [{number(grade.ci_lower)}, {number(grade.ci_upper)}] n={grade.size}"
         inner = f"<system-out>{_text(told)}</system-out>"
         if not grade.passed:
             failures += 1

@@ -45,7 +45,7 @@ def _row(grade: Grade, several: bool) -> str:
     before = "" if grade.delta is None else f"{number(grade.baseline_score)} ({grade.delta:+.3f}"
     before += "" if grade.delta is None else ")" if grade.p_value is None else f", p={grade.p_value:.3g})"
     interval = f"{number(grade.ci_lower)} – {number(grade.ci_upper)}"
-    return f"| {mark} | {name} | {number(grade.score)} | {interval} | {grade.n} | {wanted} | {before} |"
+    return f"| {mark} | {name} | {number(grade.score)} | {interval} | {grade.size} | {wanted} | {before} |"
 
 
 def _example(example: Example) -> str:

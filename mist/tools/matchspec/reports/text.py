@@ -64,8 +64,8 @@ def _row(grade: Grade, several: bool, width: int, marks: tuple[str, str, str], c
 def _of(grade: Grade) -> str:
     """How many passed, where that is what the score says."""
     if grade.score is not None and grade.metric == "pass_rate" and grade.passed_n == round(grade.score * grade.n, 6):
-        return f"{grade.passed_n} of {grade.n}"
-    return f"n={grade.n}"
+        return f"{grade.passed_n} of {grade.size}"
+    return f"n={grade.size}"
 
 
 def _examples(report: Report, show_all: bool) -> list[str]:

@@ -16,7 +16,7 @@ class Grade(Struct, frozen=True, kw_only=True):
 
     `score` is the rate of passed samples or the mean score, as `metric` says, with its interval; `threshold` is what it must
     reach, None for a row that only informs. `passed`: it did, with enough samples and few enough errors; `why` says why not.
-    `n` are the samples that counted; `errors` those that could not be judged. `baseline_score` and `delta` are those of the
+    `n` are the samples that counted, `clusters` what they fall into (None: each stands for itself); `errors` those that could not be judged. `baseline_score` and `delta` are those of the
     baseline run over the samples both have, `p_value` how surprising the difference is (Holm's, over all such rows).
     """
 
@@ -37,7 +37,13 @@ class Grade(Struct, frozen=True, kw_only=True):
     baseline_score: float | None = None
     delta: float | None = None
     p_value: float | None = None
+    clusters: int | None = None
     why: str = ""
+
+    @property
+    def size(self) -> str:
+        """What the interval is over, for a reader."""
+        return str(self.n) if self.clusters is None else f"{self.n} in {self.clusters} clusters"
 
 
 class Example(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -68,6 +68,7 @@ def gate_of(table: Table, settings: MatchSpecSettings, graders: Sequence[str]) -
         "use_lower_bound": s.use_lower_bound,
         "min_sample_size": s.min_sample_size,
         "min_sample_action": s.min_sample_action,
+        "cluster": s.cluster,
     }
     thresholds = table.table("thresholds")
     if thresholds is not None:
@@ -89,6 +90,7 @@ def gate_of(table: Table, settings: MatchSpecSettings, graders: Sequence[str]) -
         said["use_lower_bound"] = statistics.boolean("use_lower_bound", s.use_lower_bound)
         said["min_sample_size"] = statistics.integer("min_sample_size", s.min_sample_size, low=0)
         said["min_sample_action"] = statistics.one_of("min_sample_action", ("warn", "fail"), s.min_sample_action)
+        said["cluster"] = statistics.text("cluster", s.cluster)
         statistics.close()
     gate = table.table("gate")
     if gate is not None:
