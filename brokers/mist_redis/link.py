@@ -292,14 +292,9 @@ class Link:
             return None
         if word == "READONLY":
             # a primary that became a replica: it refused, so the command may go to the new one
-<<<<<<< HEAD
-            await self.look_again()
-            self._drop(where)
+            await self.leave(where)
             if self.settings.kind == "single":  # a name may lead elsewhere by the next call
                 return None
-=======
-            await self.leave(where)
->>>>>>> brokers
             await asyncio.sleep(PAUSE_S)
             return "later"
         return None
