@@ -27,7 +27,7 @@ from mist.errors import (
 from mist.protocol.url import redact
 from mist.tools.tokentrace.driver import Values
 from mist.tools.tokentrace.schema import COLUMNS, VERSION, statements
-from mist.tools.tokentrace.spans import SpanRow
+from mist.tools.tokentrace.spans import Row
 
 SCHEMA = "mist_tokentrace"
 LOCK_WAIT_S = 10
@@ -154,7 +154,7 @@ class PostgresDriver:
             cursor.execute(sql.replace("?", "%s"), values or None)
             yield from cursor
 
-    def insert_spans(self, rows: Sequence[SpanRow]) -> int:
+    def insert_spans(self, rows: Sequence[Row]) -> int:
         with self._translated(), self._db.cursor() as cursor:
             cursor.execute("CREATE TEMPORARY TABLE IF NOT EXISTS incoming (LIKE spans) ON COMMIT DELETE ROWS")
             cursor.execute("ALTER TABLE incoming DROP COLUMN IF EXISTS id")
