@@ -38,6 +38,8 @@ TENANTS_SERIES_MAX = 50_000
 KEPT_FROM = "kept_from_ns"
 """The state that says up to which time retention has deleted spans and their minutes."""
 _CHUNK = 2000
+_RETAINED_MIN = 10
+"""So many spans go at least when the store is too large: the last step must not take a transaction for each."""
 _TRACE, _SPAN, _SEQUENCE = (COLUMNS.index(name) for name in ("trace_id", "span_id", "sequence"))
 
 
@@ -383,8 +385,13 @@ class Store:
         """Delete up to `limit` of the oldest spans: those that began before a time, or any while the store is larger
         than `bytes_max`. Totals of hours, days and of everything stay; those of minutes go with their spans. Returns how
         many were deleted: call again until it is 0."""
-        if bytes_max is not None and self._db.size_bytes() <= bytes_max:
-            bytes_max = None
+        if bytes_max is not None:
+            size = self._db.size_bytes()
+            if size > bytes_max:
+                # as many as take up what is too much: a store of few large spans would else be emptied
+                limit = min(limit, max(_RETAINED_MIN, self.count() * (size - bytes_max) // size))
+            else:
+                bytes_max = None
         if before_ns is None and bytes_max is None:
             return 0
         with self._transaction():
