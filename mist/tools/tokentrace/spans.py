@@ -18,7 +18,7 @@ from mist.errors import MistError
 from mist.kit.prices import Prices
 from mist.protocol.codec import MSGPACK, decode, decode_msgpack
 from mist.protocol.envelope import Envelope
-from mist.protocol.payloads import TRACE_SPAN
+from mist.protocol.payloads import TRACE_SPAN, Int64
 
 ID_CHARS_MAX = 256
 NAME_CHARS_MAX = 1024
@@ -139,7 +139,7 @@ class _QuickSpan(Struct, gc=False):
 class _Quick(Struct, gc=False):
     """An ordinary envelope with an ordinary span, read and checked in one go; anything else fails to decode."""
 
-    timestamp_ns: int
+    timestamp_ns: Int64
     version: Literal["1"]
     id: Annotated[str, Meta(min_length=1)]
     source: _Some
