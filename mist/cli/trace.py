@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -499,7 +500,8 @@ async def export(
 
     session = current()
     with contextlib.ExitStack() as stack:
-        spans = every_span(stack.enter_context(_store(session, store)), which.where())
+        found = every_span(stack.enter_context(_store(session, store)), which.where())
+        spans = stack.enter_context(contextlib.closing(found))  # type: ignore[type-var]
         if file.startswith(("otlp+http://", "otlp+https://")):
             from mist.tools.tokentrace.otlp.send import export as send
 
@@ -511,6 +513,10 @@ async def export(
             session.out.note(f"{sent.spans} spans sent, {sent.rejected} rejected, {sent.refused} not sendable")
             return
         if form is None:
+            if Path(file).suffix in (".csv", ".tsv", ".xlsx"):
+                raise InvalidArgument(
+                    f"{file}: there is no such form of spans", hint="name it .jsonl or .parquet, or say --as jsonl"
+                )
             kind = ".parquet" if file.endswith(".parquet") else ".otlp" if ".otlp" in Path(file).suffixes else ""
             form = {".parquet": ExportForm.parquet, ".otlp": ExportForm.otlp}.get(kind, ExportForm.jsonl)
         if form is ExportForm.parquet:
@@ -527,15 +533,25 @@ async def export(
     session.out.note(f"{count} spans written")
 
 
-def _create(path: Path) -> Any:
-    from mist.errors import AlreadyExists, Refused
+@contextlib.contextmanager
+def _create(path: Path) -> Iterator[BinaryIO]:
+    """A file that was not there; what cannot be written to its end is not left behind."""
+    from mist.errors import AlreadyExists, Refused, StorageFull
 
+    made = False
     try:
-        return path.open("xb")
-    except FileExistsError as exc:
-        raise AlreadyExists(f"{path} exists", hint="name another file") from exc
-    except OSError as exc:
-        raise Refused(f"{path}: {exc.strerror or exc}") from exc
+        with path.open("xb") as file:
+            made = True
+            yield file
+    except BaseException as exc:
+        if made:
+            path.unlink(missing_ok=True)
+        if isinstance(exc, FileExistsError):
+            raise AlreadyExists(f"{path} exists", hint="name another file") from exc
+        if isinstance(exc, OSError):
+            full = exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            raise (StorageFull if full else Refused)(f"{path}: {exc.strerror or exc}") from exc
+        raise
 
 
 import mist.cli._trace_keeping  # noqa: E402, F401  # registers the verbs that change a store or its alerts

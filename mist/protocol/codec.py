@@ -20,7 +20,15 @@ from msgspec import Raw
 from mist.errors import ChecksumMismatch, LoneSurrogate, Malformed, MissingField, ProtocolError, TooDeep, TooLarge
 from mist.protocol.envelope import SIZE_BYTES_MAX, Envelope
 from mist.protocol.pack import screen_msgpack
-from mist.protocol.screen import DEPTH_MAX, KEYS_MAX, check_all_numbers, check_numbers, explain, screen, screen_lines
+from mist.protocol.screen import (
+    DEPTH_MAX,
+    KEYS_MAX,
+    check_all_numbers,
+    check_numbers,
+    explain,
+    screen,
+    screen_lines,
+)
 from mist.protocol.version import check_version
 
 __all__ = [
@@ -157,15 +165,14 @@ def decode_block(data: bytes, *, size_bytes_max: int = SIZE_BYTES_MAX) -> list[E
 
 def _block(data: bytes, foreign: bool, size_bytes_max: int) -> list[Envelope] | None:
     """All envelopes of a block, or None when a line has to be looked at by itself."""
-    breaks = data.count(b"\n", 0, -1)
-    # `}\n{` cannot stand inside a document. If every break is such a one, each line is exactly one document; the
-    # decoder alone would take a document on two lines, or two on one
-    if data.count(b"}\n{") != breaks or (foreign and not screen_lines(data, size_bytes_max=size_bytes_max)):
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    if foreign and not screen_lines(data, lines, size_bytes_max=size_bytes_max):
         return None
     try:
-        envs: list[Envelope] = _decoder.decode_lines(data)
-        if len(envs) != breaks + 1:
-            return None
+        # line by line, because the decoder for lines would take a document on two of them, or two on one
+        envs = list(map(_decode, lines))
         for env in envs:
             if env.version != "1" or not env.id or not env.source or not env.type or env.checksum:
                 verify(env)

@@ -30,6 +30,7 @@ _CHUNK = 256 * 1024
 
 _NOT_OPENING = bytes(set(range(256)) - set(b"[{"))
 _NOT_OPENING_OR_NEWLINE = bytes(set(range(256)) - set(b"[{\n"))
+_AS_BRACE = bytes.maketrans(b"[", b"{")
 _NOT_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 _STEP = bytes.maketrans(b"{}", b"[]")
 
@@ -68,17 +69,21 @@ def screen(
 
 
 def screen_lines(
-    data: bytes, *, size_bytes_max: int = SIZE_BYTES_MAX, depth_max: int = DEPTH_MAX, keys_max: int = KEYS_MAX
+    data: bytes,
+    lines: list[bytes],
+    *,
+    size_bytes_max: int = SIZE_BYTES_MAX,
+    depth_max: int = DEPTH_MAX,
+    keys_max: int = KEYS_MAX,
 ) -> bool:
-    """Whether every line is certain to pass `screen`. False says nothing: look at each line by itself."""
+    """Whether each line of `data` is certain to pass `screen`. False says nothing: look at each by itself."""
+    if not lines or max(map(len, lines)) > min(size_bytes_max, keys_max * _KEY_BYTES_MIN):
+        return False
     try:
         check_utf8(data)
     except ProtocolError:
         return False
-    short = min(size_bytes_max, keys_max * _KEY_BYTES_MIN)
-    if len(data) > short and max(map(len, data.split(b"\n"))) > short:
-        return False
-    return max(map(len, data.translate(None, _NOT_OPENING_OR_NEWLINE).split(b"\n"))) <= depth_max
+    return b"{" * (depth_max + 1) not in data.translate(_AS_BRACE, _NOT_OPENING_OR_NEWLINE)
 
 
 def check_utf8(data: bytes) -> None:

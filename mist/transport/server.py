@@ -82,7 +82,8 @@ def to_messages(envelopes: list[Envelope]) -> list[Message]:
     datas = codec.encode_lines(envelopes).split(b"\n")
     if len(datas) != len(envelopes) + 1:  # a payload with line breaks between its tokens
         datas = [codec.encode(e) for e in envelopes]
-    return [Message(_subject(e.type), data, e.id) for e, data in zip(envelopes, datas, strict=False)]
+    subjects = {type: _subject(type) for type in {e.type for e in envelopes}}
+    return [Message(subjects[e.type], data, e.id) for e, data in zip(envelopes, datas, strict=False)]
 
 
 def ingest(

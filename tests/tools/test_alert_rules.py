@@ -105,6 +105,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"recover": 0.1, "margin": 0.1}, "margin: recover is given too"),
     ({"margin": "ten"}, "margin: 'ten'"),
     ({"margin": -1.0}, "margin: -1"),
+    ({"margin": 0.6}, "recover: no metric comes back to -0.1"),
     ({"min_samples": -1}, "min_samples: -1 is negative"),
     ({"min_samples": 2, "min_spans": 2}, "min_spans: means min_samples"),
     ({"metric": "span_count", "min_samples": 3}, "min_samples: span_count is a count"),

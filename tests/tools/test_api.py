@@ -105,6 +105,7 @@ def test_an_unknown_trace_is_404_with_the_seeds_words(get: Get) -> None:
         404, "trace not found", "text/plain; charset=utf-8",
     )  # fmt: skip
     assert get("/traces/").json()["message"] == "trace ID required"
+    assert get("/traces/t1%00").status_code == 404
 
 
 def test_a_trace_that_is_called_recent_can_be_reached(place: Path | str, get: Get) -> None:
@@ -154,6 +155,8 @@ def test_pages_go_on_where_the_one_before_ended(get: Get) -> None:
         ("since=2023-11-15T00:59:58Z", [9, 8]),
         ("since=2023-11-15T01:59:58%2B01:00", [9, 8]),
         ("until=2023-11-15", []),
+        ("until=9999-12-31&tenant=", list(range(9, 0, -1))),
+        ("since=9999-12-31T23:59:59Z", []),
         ("source=svc&tenant=", list(range(9, 0, -1))),
         ("tenant=acme", []),
     ],
@@ -206,7 +209,8 @@ def test_metrics_of_a_window_in_the_documents_shape(get: Get) -> None:
         "/stats?model_name=a", "/stats?window=1x", "/stats?window=0s", "/stats?window=1h&since=2023-01-01", "/stats?since=noon",
         "/stats?model=a&model=b", "/metrics?groupby=magic", "/metrics?groupby=model,model", "/metrics?bucket=year",
         "/traces/recent?failed=maybe", "/traces/recent?attr.=x", '/traces/recent?attr.a"b=x', "/stats?a=" + "x" * 9000,
-        "/stats?%ff=%fe", "/traces/t1?limit=1&cursor=1.2.3.4",
+        "/stats?%ff=%fe", "/traces/t1?limit=1&cursor=1.2.3.4", "/traces?model=a%00", "/stats?attr.k=%00",
+        "/stats?since=2026-01-02&until=2026-01-01",
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_refused(get: Get, path: str) -> None:

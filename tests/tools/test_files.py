@@ -73,6 +73,8 @@ def test_columns_are_mapped_by_name_or_by_hand_and_the_rest_is_kept(tmp_path: Pa
     ("row", "reason"),
     [
         ("yesterday,1,2", "not a time"),
+        ("9999-12-31,1,2", "not a time from 1970 to 2262"),
+        ("1969-12-31,1,2", "not a time from 1970 to 2262"),
         ("2023-11-16 18:15:46,one,2", "tokens_in is not a whole number"),
         ("2023-11-16 18:15:46,1.5,2", "tokens_in is not a whole number"),
         ("2023-11-16 18:15:46,-1,2", "tokens_in is not a whole number"),

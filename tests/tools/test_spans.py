@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mist.kit.prices import parse_prices
@@ -186,7 +186,7 @@ EDGES = st.sampled_from([
     b"9007199254740993", b"9007199254740992.5", b"9223372036854775807", b"9223372036854775808", b"1000000", b"1000000.5",
     b"999999.9999999999", b"1e6", b"true", b"false", b'""', b'"x"', b'"a\\u0000b"', b'"\\ud83d\\ude00"', b'"\xc3\xbc"', b'"\xff"',
     b"[]", b"{}", b'"1"', b'"%s"' % (b"x" * 1024), b'"%s"' % (b"x" * 1025), b'"%s"' % ("\U0001f600".encode() * 1024),
-    b'"%s"' % (b"x" * 256), b'"%s"' % (b"x" * 257), b" 5 ", b'"trace.span"', b'"trace.alert"', b'"2"',
+    b'"%s"' % (b"x" * 256), b'"%s"' % (b"x" * 257), b" 5 ", b'"a\x7f"', b'"\\u007f"', b'"trace.span"', b'"trace.alert"', b'"2"',
 ])  # fmt: skip
 ATTRS = [*module._Attrs.__struct_encode_fields__, "other"]
 PRICED = parse_prices(b'[[price]]\nmodel = "*"\ninput_per_million = 1\noutput_per_million = 3', "t")
@@ -200,6 +200,9 @@ def outcome(function: Any, data: bytes) -> tuple[str, ...]:
     return ("none",) if found is None else tuple(repr(value) for value in found)
 
 
+@example({"timestamp_ns": b"9223372036854775808"}, {}, {})
+@example({}, {"span_id": b'"a\x7f"'}, {})
+@example({}, {"span_id": b'"\\u007f"'}, {})
 @given(
     st.dictionaries(st.sampled_from(["version", "id", "source", "type", "checksum", "tenant", "timestamp_ns"]), EDGES, max_size=2),
     st.dictionaries(st.sampled_from([*payload(), "parent_id"]), EDGES, max_size=2),

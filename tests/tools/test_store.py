@@ -290,6 +290,23 @@ def test_old_spans_go_and_their_totals_stay(place: Place) -> None:
         assert store.retain(bytes_max=2**60) == 0
 
 
+def test_a_store_that_is_too_large_loses_what_is_too_much_and_no_more(place: Place) -> None:
+    """The oldest, until it fits; then nothing, although files do not shrink."""
+    chance = random.Random(1)
+    pads = [f'{{"pad":"{chance.randbytes(2000).hex()}"}}' for _ in range(600)]
+    with Store.open(place) as store:
+        filled(
+            store, [made(n, span_id=f"{n:016x}", time_ns=START * NS + n, attrs=pad) for n, pad in enumerate(pads, 1)]
+        )
+        most = store.size_bytes() // 2
+        for _ in range(200):
+            if not store.retain(bytes_max=most):
+                break
+        assert store.size_bytes() <= most
+        assert 200 < store.count() < 330
+        assert store.one("SELECT max(sequence) FROM spans") == (600,)
+
+
 def test_a_store_that_was_built_again_knows_old_minutes_again(place: Place, tmp_path: Path) -> None:
     """What retention took is back with its stream, and a window that begins within an hour is answered as exactly."""
     spans = traffic(400)

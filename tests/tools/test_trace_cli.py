@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from conftest import run
 
 import mist
 from mist.broker.base import Message
+from mist.cli.trace import _create
+from mist.errors import AlreadyExists, StorageFull
 
 from .shell import Shell, publish
 from .spanning import message
@@ -126,6 +129,28 @@ def test_tail_shows_the_last_spans_without_a_store(shell: Shell) -> None:
     assert "chat  m1  ok" in shell("trace", "tail").out
 
 
+def test_an_export_that_cannot_be_finished_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    """Half a file would look like all of it, and the name would be taken."""
+    path = tmp_path / "x.jsonl"
+
+    def broken_off(why: BaseException) -> None:
+        with _create(path) as file:
+            file.write(b"{}")
+            raise why
+
+    for why, said in (
+        (OSError(errno.ENOSPC, "No space left on device"), StorageFull),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        with pytest.raises(said):
+            broken_off(why)
+        assert not path.exists()
+    path.write_bytes(b"kept")
+    with pytest.raises(AlreadyExists):
+        broken_off(ValueError())
+    assert path.read_bytes() == b"kept"
+
+
 def test_an_export_goes_back_in(shell: Shell, tmp_path: Path) -> None:
     """JSON lines to a new file, never over an old one; ingested elsewhere they are the same spans."""
     publish(shell, message(1), message(2))
@@ -133,6 +158,7 @@ def test_an_export_goes_back_in(shell: Shell, tmp_path: Path) -> None:
     file = str(tmp_path / "out.jsonl")
     assert shell("trace", "export", file).code == 0
     assert shell("trace", "export", file).code == 5
+    assert "no such form" in shell("trace", "export", "calls.csv").err
     other = f"log:{tmp_path / 'other'}"
     assert shell("trace", "ingest", file, url=other).code == 0
     assert shell("trace", "export", url=other).out == Path(file).read_text()

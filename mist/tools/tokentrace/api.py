@@ -132,7 +132,10 @@ class Query:
         """(since_ns, until_ns)."""
         since, until, age = (self.take(name) for name in _WINDOW)
         if age is None:
-            return self._moment("since", since), self._moment("until", until)
+            first, past = self._moment("since", since), self._moment("until", until)
+            if first is not None and past is not None and first > past:
+                raise InvalidArgument("since lies after until: nothing can match")
+            return first, past
         if since is not None or until is not None:
             raise InvalidArgument("window goes alone: since and until are given too")
         seconds = float(Duration(age))

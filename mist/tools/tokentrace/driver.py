@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from mist.tools.tokentrace.spans import SpanRow
+from mist.tools.tokentrace.spans import Row
 
 Values = Sequence[Any]
 
@@ -38,7 +38,7 @@ class Driver(Protocol):
     def query(self, sql: str, values: Values = ()) -> Iterator[tuple[Any, ...]]:
         """The rows, as they come; to be read to the end or closed."""
 
-    def insert_spans(self, rows: Sequence[SpanRow]) -> int:
+    def insert_spans(self, rows: Sequence[Row]) -> int:
         """Insert those whose (trace_id, span_id) is not there; how many that were."""
 
     def attribute(self, key: str) -> tuple[str, tuple[str, ...]]:

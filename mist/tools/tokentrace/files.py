@@ -28,6 +28,7 @@ from mist.errors import InvalidArgument, MistError, NotFound, Refused
 from mist.protocol.codec import decode_foreign
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import TRACE_SPAN, TraceSpan
+from mist.tools.tokentrace.spans import INT_MAX
 
 SOURCE = "tokentrace.ingest"
 OPERATION = "chat"
@@ -240,7 +241,15 @@ _FRACTION = re.compile(r"^(.*\d)\.(\d{1,9})\d*(Z|[+-]\d\d:?\d\d)?$", re.ASCII)
 
 
 def time_ns(value: Any) -> int:
-    """Unix nanoseconds of a number (already nanoseconds) or an ISO 8601 time, to the nanosecond; no zone means UTC."""
+    """Unix nanoseconds of a number (already nanoseconds) or an ISO 8601 time, to the nanosecond; no zone means UTC. Raises
+    ValueError, also for a time that 64 bits cannot hold: no reader could take the envelope."""
+    found = _time_ns(value)
+    if not 0 <= found <= INT_MAX:
+        raise ValueError(f"not a time from 1970 to 2262: {value!r:.60}")
+    return found
+
+
+def _time_ns(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if not isinstance(value, str):

@@ -24,8 +24,8 @@ from mist.client.blobs import Blobs, beside, whole
 from mist.errors import DataLoss, MistError, Refused, SequenceExpired, WrongIncarnation
 from mist.kit.prices import Prices
 from mist.kit.waiting import in_thread, sleep_unless
-from mist.tools.tokentrace.rollup import cells_by_minute
-from mist.tools.tokentrace.spans import BadSpan, SpanRow, row_of
+from mist.tools.tokentrace.rollup import Minutes, count_in
+from mist.tools.tokentrace.spans import BadSpan, Row, values_of
 from mist.tools.tokentrace.store import Batch, Gap, PositionMoved, Refusal, Store
 
 T = TypeVar("T")
@@ -35,6 +35,8 @@ CHECKPOINT = "tokentrace"
 PAGE = 8000
 """Records of one page, which is one transaction. Trace ids are random: the more spans a transaction holds, the more of them
 share a page of the index that it has to write."""
+_COUNTED = 500
+"""Rows that are counted into the totals at a time, while the processor's cache still holds them."""
 WAIT_S = 0.5
 """How long one read waits at the end; also how soon a stop is noticed there."""
 MIRROR_S = 1.0
@@ -75,22 +77,25 @@ def start(store: Store, stream: Stream, *, restart: bool = False, first_after: i
 def batch_of(page: Page, after: int, prices: Prices | None = None, blobs: Blobs | None = None) -> Batch:
     """What this page does to the store. `prices` makes the costs that spans do not state; `blobs` is where payloads lie that
     are beside the stream, the only thing that is read here."""
-    rows: list[SpanRow] = []
+    rows: list[Row] = []
+    minutes: Minutes = {}
     refused: list[Refusal] = []
     for record in page.records:
         try:
             if record.headers and blobs is not None:
                 record = whole(record, blobs)
-            row = row_of(record, prices)
+            row = values_of(record, prices)
         except (BadSpan, MistError) as exc:
             refused.append(Refusal(record.sequence, record.timestamp_ns, str(exc), record.subject, record.data))
             continue
         if row is not None:
             rows.append(row)
+            if len(rows) % _COUNTED == 0:
+                count_in(minutes, rows[-_COUNTED:])
+    if left := len(rows) % _COUNTED:
+        count_in(minutes, rows[-left:])
     other = len(page.records) - len(rows) - len(refused)
-    return Batch(
-        after=after, scanned=page.scanned, rows=rows, minutes=cells_by_minute(rows), refused=refused, other=other
-    )
+    return Batch(after=after, scanned=page.scanned, rows=rows, minutes=minutes, refused=refused, other=other)
 
 
 class Options(Struct, frozen=True, kw_only=True):

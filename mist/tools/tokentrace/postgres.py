@@ -27,7 +27,7 @@ from mist.errors import (
 from mist.protocol.url import redact
 from mist.tools.tokentrace.driver import Values
 from mist.tools.tokentrace.schema import COLUMNS, VERSION, statements
-from mist.tools.tokentrace.spans import SpanRow
+from mist.tools.tokentrace.spans import Row
 
 SCHEMA = "mist_tokentrace"
 LOCK_WAIT_S = 10
@@ -35,6 +35,10 @@ CONNECT_S = 10
 _WRITERS = 0x6D697374  # the advisory lock's number: "mist"
 _CURSOR_ROWS = 2000
 _NAMES = ", ".join(COLUMNS)
+_SIZED_ROWS = 1000
+_ENTRIES_BYTES = 200
+"""What a span takes beside its row: its entries in the indexes. The files say nothing of how much is kept: they do not shrink
+when rows are deleted, and retention by their size would delete everything."""
 
 
 class PostgresDriver:
@@ -154,7 +158,7 @@ class PostgresDriver:
             cursor.execute(sql.replace("?", "%s"), values or None)
             yield from cursor
 
-    def insert_spans(self, rows: Sequence[SpanRow]) -> int:
+    def insert_spans(self, rows: Sequence[Row]) -> int:
         with self._translated(), self._db.cursor() as cursor:
             cursor.execute("CREATE TEMPORARY TABLE IF NOT EXISTS incoming (LIKE spans) ON COMMIT DELETE ROWS")
             cursor.execute("ALTER TABLE incoming DROP COLUMN IF EXISTS id")
@@ -173,12 +177,14 @@ class PostgresDriver:
 
     def size_bytes(self) -> int:
         with self._translated():
-            row = self._db.execute(
-                "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0) FROM pg_class c"
-                " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relkind = 'r'",
-                (SCHEMA,),
+            others, spans, each = self._db.execute(
+                "SELECT (SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0) FROM pg_class c JOIN pg_namespace n"
+                " ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relkind = 'r' AND c.relname <> 'spans'),"
+                " (SELECT count(*) FROM spans), (SELECT coalesce(avg(pg_column_size(s.*)), 0)"
+                " FROM (SELECT * FROM spans ORDER BY id DESC LIMIT %s) AS s)",
+                (SCHEMA, _SIZED_ROWS),
             ).fetchone()
-            return int(row[0])
+            return int(others) + int(spans) * (int(each) + _ENTRIES_BYTES)
 
     def scrub(self) -> None:
         with self._translated():

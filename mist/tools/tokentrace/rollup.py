@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import ceil, log
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
 
 from mist.tools.tokentrace.sketch import PER_LOG, ZERO, Sketch, merge
-from mist.tools.tokentrace.spans import SpanRow
+from mist.tools.tokentrace.spans import Row, SpanRow
 
 STEPS = (60, 3600, 86400, 0)
 """Widths of cells in seconds; 0 is the one cell of everything."""
@@ -30,7 +31,10 @@ OTHER = "~other"
 _INT64 = 2**63
 _FIRST = SpanRow._fields.index(MEASURES[0])
 _PAST = _FIRST + len(MEASURES)
-_STATUS = SpanRow._fields.index("status")
+_STATUS, _TIME, _TENANT, _OPERATION, _MODEL, _PROVIDER = (
+    SpanRow._fields.index(name) for name in ("status", "time_ns", "tenant", "operation", "model", "provider")
+)
+_counted = itemgetter(_STATUS, *range(_FIRST, _PAST))
 _MINUTE = 60_000_000_000
 
 
@@ -70,6 +74,24 @@ class Cell:
         self.timeouts = timeouts
         self.measures = [Measure() for _ in MEASURES]
 
+    def count(self, statuses: Sequence[str], columns: Sequence[Sequence[Any]]) -> None:
+        """Add spans, of which this is the column of statuses and one column for each measure (None: not known). Column by
+        column takes a third of the time of span by span."""
+        self.spans += len(statuses)
+        self.failed += len(statuses) - statuses.count("ok") - statuses.count("")
+        self.timeouts += statuses.count("timeout")
+        for measure, scale, column in zip(self.measures, SCALE, columns, strict=True):
+            values = [value for value in column if value is not None]
+            if values:
+                measure.known += len(values)
+                measure.total += sum(values) if scale == 1 else sum([round(value * scale) for value in values])
+                buckets = [ceil(log(v) * PER_LOG) if v > 0 else ZERO for v in values]
+                if isinstance(measure.sketch, Counter):
+                    measure.sketch.update(buckets)
+                else:
+                    merge(counted := Counter(buckets), measure.sketch)
+                    measure.sketch = counted
+
     def merge(self, other: Cell, sign: int = 1) -> None:
         self.spans += sign * other.spans
         self.failed += sign * other.failed
@@ -105,34 +127,31 @@ Minutes = dict[tuple[int, Series], Cell]
 """What spans add: by minute in Unix seconds, and series."""
 
 
-def cells_by_minute(rows: Iterable[SpanRow]) -> Minutes:
+def cells_by_minute(rows: Iterable[Row]) -> Minutes:
     """(minute in Unix seconds, series) -> what these rows add."""
-    groups: dict[tuple[int, str, str, str, str], list[SpanRow]] = {}
+    out: Minutes = {}
+    count_in(out, rows)
+    return out
+
+
+def count_in(minutes: Minutes, rows: Iterable[Row]) -> None:
+    """Add what these rows add. Fastest where they were made just before: values that have left the processor's cache take
+    twice as long."""
+    groups: dict[tuple[int, str, str, str, str], list[Row]] = {}
     for row in rows:
-        key = (row.time_ns // _MINUTE, row.tenant, row.operation, row.model or "", row.provider or "")
+        key = (row[_TIME] // _MINUTE, row[_TENANT], row[_OPERATION], row[_MODEL] or "", row[_PROVIDER] or "")
         group = groups.get(key)
         if group is None:
             groups[key] = [row]
         else:
             group.append(row)
-    out: Minutes = {}
     for (minute, *names), group in groups.items():
-        columns = list(zip(*group, strict=True))
-        out[minute * 60, Series(*names)] = cell_of(columns[_STATUS], columns[_FIRST:_PAST])
-    return out
-
-
-def cell_of(statuses: Sequence[str], columns: Sequence[Sequence[Any]]) -> Cell:
-    """What spans add, of which this is the column of statuses and one column for each measure (None: not known). Column by
-    column takes a third of the time of span by span."""
-    cell = Cell(len(statuses), len(statuses) - statuses.count("ok") - statuses.count(""), statuses.count("timeout"))
-    for measure, scale, column in zip(cell.measures, SCALE, columns, strict=True):
-        values = [value for value in column if value is not None]
-        if values:
-            measure.known = len(values)
-            measure.total = sum(values) if scale == 1 else sum([round(value * scale) for value in values])
-            measure.sketch = dict(Counter([ceil(log(v) * PER_LOG) if v > 0 else ZERO for v in values]))
-    return cell
+        place = minute * 60, Series(*names)
+        cell = minutes.get(place)
+        if cell is None:
+            cell = minutes[place] = Cell()
+        statuses, *columns = zip(*map(_counted, group), strict=True)
+        cell.count(statuses, columns)
 
 
 def coarser(minutes: Minutes, step: int) -> Minutes:

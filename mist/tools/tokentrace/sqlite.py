@@ -16,7 +16,7 @@ from typing import Any
 from mist.errors import InvalidArgument, Locked, MistError, NotFound, Refused, StorageFull, Unavailable
 from mist.tools.tokentrace.driver import Values
 from mist.tools.tokentrace.schema import COLUMNS, VERSION, statements
-from mist.tools.tokentrace.spans import SpanRow
+from mist.tools.tokentrace.spans import Row
 
 BUSY_S = 10.0
 LOG_PAGES = 8000
@@ -109,7 +109,7 @@ class SqliteDriver:
         with translated(self._path):
             yield from self._db.execute(sql, values)
 
-    def insert_spans(self, rows: Sequence[SpanRow]) -> int:
+    def insert_spans(self, rows: Sequence[Row]) -> int:
         with translated(self._path):
             new = 0
             whole = len(rows) - len(rows) % _ROWS

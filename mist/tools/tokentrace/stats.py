@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from mist.errors import InvalidArgument
-from mist.tools.tokentrace.rollup import MEASURES, SCALE, Cell, Measure, Series, cell_of
+from mist.tools.tokentrace.rollup import MEASURES, SCALE, Cell, Measure, Series
 from mist.tools.tokentrace.sketch import quantiles
 from mist.tools.tokentrace.store import KEPT_FROM, Store
 from mist.tools.tokentrace.where import Where, check_key, clause, conditions
@@ -224,7 +224,7 @@ def _from_spans(store: Store, where: Where, group_by: Sequence[str], width: int,
         for (at, *names_of), members in groups.items():
             of = list(zip(*members, strict=True))
             key = (tuple(value or None for value in names_of), at)
-            _cell(cells, key).merge(cell_of(of[1], of[2:many]))
+            _cell(cells, key).count(of[1], of[2:many])
 
 
 # ----------------------------------------------------------------- answers

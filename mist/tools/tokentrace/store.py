@@ -27,7 +27,7 @@ from mist.kit.prices import Prices
 from mist.tools.tokentrace.driver import Driver, Values
 from mist.tools.tokentrace.rollup import OTHER, STEPS, Cell, Minutes, Series, cells_by_minute, coarser
 from mist.tools.tokentrace.schema import COLUMNS, DERIVED
-from mist.tools.tokentrace.spans import SpanRow, cached_tokens
+from mist.tools.tokentrace.spans import Row, SpanRow, cached_tokens
 
 QUARANTINE_BYTES_MAX = 4096
 """So much of a refused record is kept here; all of it stays in the stream."""
@@ -38,6 +38,9 @@ TENANTS_SERIES_MAX = 50_000
 KEPT_FROM = "kept_from_ns"
 """The state that says up to which time retention has deleted spans and their minutes."""
 _CHUNK = 2000
+_RETAINED_MIN = 10
+"""So many spans go at least when the store is too large: the last step must not take a transaction for each."""
+_TRACE, _SPAN, _SEQUENCE = (COLUMNS.index(name) for name in ("trace_id", "span_id", "sequence"))
 
 
 class Position(Struct, frozen=True):
@@ -71,7 +74,7 @@ class Batch(Struct, frozen=True, kw_only=True):
 
     after: int
     scanned: int
-    rows: Sequence[SpanRow] = ()
+    rows: Sequence[Row] = ()
     """Their sequences differ."""
     minutes: Minutes | None = None
     """What all rows add to the totals, where that was worked out beforehand."""
@@ -237,7 +240,7 @@ class Store:
             if record:
                 db.execute_many(
                     "INSERT INTO applied VALUES (?, ?, ?, ?)",
-                    [(r.sequence, r.trace_id, r.span_id, record) for r in batch.rows],
+                    [(row[_SEQUENCE], row[_TRACE], row[_SPAN], record) for row in batch.rows],
                 )
             db.execute_many(
                 "INSERT INTO quarantine VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
@@ -267,7 +270,7 @@ class Store:
         else:
             # some were there already: which ones decides what the totals gain
             stored = {row[0] for row in self._db.fetch("SELECT sequence FROM spans WHERE id > ?", (last,))}
-            fresh = [row for row in rows if row.sequence in stored]
+            fresh = [row for row in rows if row[_SEQUENCE] in stored]
             if len(fresh) != new:
                 raise Internal("two rows of a page have one sequence: their totals would be wrong")
             self._add(cells_by_minute(fresh))
@@ -382,8 +385,13 @@ class Store:
         """Delete up to `limit` of the oldest spans: those that began before a time, or any while the store is larger
         than `bytes_max`. Totals of hours, days and of everything stay; those of minutes go with their spans. Returns how
         many were deleted: call again until it is 0."""
-        if bytes_max is not None and self._db.size_bytes() <= bytes_max:
-            bytes_max = None
+        if bytes_max is not None:
+            size = self._db.size_bytes()
+            if size > bytes_max:
+                # as many as take up what is too much: a store of few large spans would else be emptied
+                limit = min(limit, max(_RETAINED_MIN, self.count() * (size - bytes_max) // size))
+            else:
+                bytes_max = None
         if before_ns is None and bytes_max is None:
             return 0
         with self._transaction():

@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from mist.errors import InvalidArgument
+from mist.tools.tokentrace.spans import INT_MAX
 from mist.tools.tokentrace.store import Store
 
 FAILED = "status NOT IN ('', 'ok')"
@@ -37,6 +38,9 @@ class Where(Struct, frozen=True, kw_only=True):
             raise InvalidArgument(f"at most {ATTRS_MAX} attributes at a time")
         for key, _ in self.attrs:
             check_key(key)
+        texts = (self.tenant, self.operation, self.model, self.provider, self.source, self.user, self.status)
+        if any("\0" in text for text in (*texts, *(value for _, value in self.attrs)) if text):
+            raise InvalidArgument("a value to look for holds the character NUL, which no span has")
 
     @property
     def from_totals(self) -> bool:
@@ -66,7 +70,8 @@ def conditions(store: Store, where: Where) -> tuple[list[str], list[Any]]:
         value = getattr(where, name)
         if value is not None:
             out.append(condition)
-            values.append(value)
+            # a time may lie beyond what a database can count: 9999-12-31 does
+            values.append(min(value, INT_MAX) if name.endswith("_ns") else value)
     for name in ("model", "provider"):
         value = getattr(where, name)
         if value is not None:

@@ -325,6 +325,8 @@ def _recover(raw: _Table, op: Op, mildest: float, at: str) -> float:
         recover = mildest - margin if op in (">", ">=") else mildest + margin
     if not math.isfinite(recover) or (recover > mildest if op in (">", ">=") else recover < mildest):
         raise InvalidArgument(f"{at}: recover: {recover:g} is beyond the threshold {mildest:g} itself for {op}")
+    if op in (">", ">=") and recover < 0 <= mildest:
+        raise InvalidArgument(f"{at}: recover: no metric comes back to {recover:g}: all are 0 or more")
     return recover
 
 
