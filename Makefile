@@ -18,6 +18,10 @@ SOURCES  := $(wildcard mist brokers tests bench scripts)
 TEXTS    := $(wildcard mist brokers tests bench scripts compose Dockerfile docs README.md CHANGELOG.md Makefile .ci)
 ADAPTERS := $(notdir $(patsubst %/__init__.py,%,$(wildcard brokers/*/__init__.py)))
 
+# Where this is set, every one of the hundreds of processes that the tests and the demo start compiles MIST anew: half of
+# their processor time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check conform campaign-ci campaign power-cut bench docs fmt lock clean
 
