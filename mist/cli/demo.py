@@ -85,9 +85,7 @@ async def command(
     return 0 if outcome.ok else 1
 
 
-def make_plan(
-    session: Session, data: str, dir: str, *, spans: int, questions: int, seed: int, server: str
-) -> Plan:
+def make_plan(session: Session, data: str, dir: str, *, spans: int, questions: int, seed: int, server: str) -> Plan:
     """Choose the directories and files; the first thing written."""
     from mist.cli._demo_run import Plan
     from mist.cli._demo_suite import write_recorded, write_suite
