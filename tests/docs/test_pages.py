@@ -78,6 +78,7 @@ def place(tmp_path: Path) -> dict[str, str]:
     env["HOME"] = str(tmp_path)
     env["XDG_CONFIG_HOME"] = str(tmp_path / "config")
     env["NO_COLOR"] = "1"
+    env["MIST_EXAMPLES"] = "15"  # of the model, where a page runs the suites
     return env
 
 
