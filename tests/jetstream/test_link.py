@@ -53,11 +53,14 @@ def test_nats_py_takes_a_transport_that_is_there() -> None:
 
 def test_aiohttp_is_imported_by_who_uses_it() -> None:
     """nats-py's websockets would make every process over NATS pay for it; they go on working, and so does everybody else."""
-    said = subprocess.run(
-        [sys.executable, "-c", "import sys, mist_nats, nats.aio.transport as t; print('aiohttp' in sys.modules, bool(t.aiohttp))\n"
-         "said = t.aiohttp.WSMsgType.BINARY; import aiohttp; print(aiohttp.WSMsgType.BINARY is said, aiohttp.__spec__.name)"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    script = """
+import sys, mist_nats, nats.aio.transport as t
+print("aiohttp" in sys.modules, bool(t.aiohttp))
+theirs = t.aiohttp.ClientSession
+import aiohttp
+print(aiohttp.ClientSession is theirs, aiohttp.__spec__.name)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False", "True", "True", "aiohttp"]
 
 
