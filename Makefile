@@ -18,6 +18,10 @@ SOURCES  := $(wildcard mist brokers tests bench scripts)
 TEXTS    := $(wildcard mist brokers tests bench scripts compose Dockerfile docs README.md CHANGELOG.md Makefile .ci)
 ADAPTERS := $(notdir $(patsubst %/__init__.py,%,$(wildcard brokers/*/__init__.py)))
 
+# Where this is set, every one of the hundreds of processes that the tests and the demo start compiles MIST anew: half of
+# their processor time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check conform campaign-ci campaign power-cut bench docs fmt lock clean
 
@@ -39,7 +43,7 @@ install: $(STAMP)  ## make .venv and install what requirements.lock says
 demo: $(STAMP)  ## the main job end to end, about 30 s; BROKER=nats or redis starts and kills a real server too
 	@$(VENV)/bin/mist demo $(if $(filter-out log,$(BROKER)),--server $(BROKER)) $(ARGS)
 
-test: $(STAMP)  ## the tests, five to eight minutes on two cores
+test: $(STAMP)  ## the tests, four to five minutes on two cores
 	@$(PY) -m pytest -q -n $(JOBS) --ignore=tests/campaigns tests $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, dead links

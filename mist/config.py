@@ -13,12 +13,14 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_origin, overload
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import fields
+from msgspec.structs import FieldInfo
+from msgspec.structs import fields as read_fields
 
 from mist.errors import InvalidArgument, NotFound
 from mist.quantities import Duration, Size, read_quantity
@@ -80,6 +82,12 @@ class Contexts(Struct, frozen=True, kw_only=True):
 
     selected: str = ""
     contexts: dict[str, Context] = {}
+
+
+@cache
+def fields(schema: type[Struct]) -> tuple[FieldInfo, ...]:
+    """Its fields; every command asks for those of every table several times, and msgspec evaluates the annotations anew."""
+    return read_fields(schema)
 
 
 def merge(schema: type[T], layers: Sequence[Layer]) -> Loaded[T]:

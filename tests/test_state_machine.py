@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,10 @@ async def log() -> Broker:
 
 TestMemoryModel = state_machine(shared, shared).TestCase
 TestLogModel = state_machine(log, log).TestCase
+# more of them, from other seeds, are the campaign's
+EXAMPLES = int(os.environ.get("MIST_EXAMPLES", "30"))
+TestMemoryModel.settings = settings(TestMemoryModel.settings, max_examples=EXAMPLES)
+TestLogModel.settings = settings(TestLogModel.settings, max_examples=EXAMPLES)
 
 original = {"take": memory.MemoryConsumer._take, "page": memory.MemoryStream._page, "nak": memory.MemoryConsumer.nak}
 

@@ -19,7 +19,6 @@ from mist.tools.matchspec.gsm8k import load as load_gsm8k
 from mist.tools.matchspec.suite import Recorded
 
 SETTINGS = "mist.toml"
-SAMPLES = 600
 SKILL = {"tutor-large": 0.86, "tutor-small": 0.61}
 CAPITALS = (
     ("France", "Paris"), ("Kenya", "Nairobi"), ("Peru", "Lima"), ("Japan", "Tokyo"), ("Norway", "Oslo"), ("Egypt", "Cairo"),
@@ -43,7 +42,7 @@ providers = [{ name = "recorded", type = "replay", recordings = %s }]
 """
 
 
-def write_suite(directory: Path, *, seed: int, samples: int = SAMPLES) -> tuple[Path, dict[str, int]]:
+def write_suite(directory: Path, *, seed: int, samples: int) -> tuple[Path, dict[str, int]]:
     """Write the demo's own suite. Returns the suite file and how many answers of each model are right by construction."""
     rng = random.Random(seed)
     right = dict.fromkeys(SKILL, 0)

@@ -90,8 +90,8 @@ def candidates(words: list[str]) -> list[str]:
         return []
     from mist.cli.wrap import load
 
-    target = load(name)
     rest = rest[1:]
+    target = load(name, rest[0] if rest else "")
     verbs: dict[str, Any] | None = getattr(target, "commands", None)
     if verbs is not None:
         inner, rest = split_globals(rest)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mist.kit.local import LocalServer
 
 SPANS = 50_000
+QUESTIONS = 600
 SEED = 2023
 LIMIT_S = 300.0
 """Thirty times what it takes on an idle machine: a child that ends too early is noticed long before."""
@@ -37,6 +38,9 @@ async def command(
     spans: Annotated[
         int, typer.Option("--spans", min=100, max=5_000_000, metavar="N", help="How many made-up spans.")
     ] = SPANS,
+    questions: Annotated[
+        int, typer.Option("--questions", min=30, max=100_000, metavar="N", help="How many made-up questions per model.")
+    ] = QUESTIONS,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Other traffic, other answers.")] = SEED,
     server: Annotated[
         str,
@@ -67,7 +71,7 @@ async def command(
         raise InvalidArgument(f"no server {server!r}", hint="nats or redis")
     if server and session.origins.get("url", "default") == "flag":
         raise InvalidArgument("--server starts a broker of its own, --url names one", hint="give one of the two")
-    plan = make_plan(session, data, dir, spans, seed, server)
+    plan = make_plan(session, data, dir, spans=spans, questions=questions, seed=seed, server=server)
     try:
         if plan.server is not None:
             await asyncio.to_thread(plan.server.start)
@@ -82,7 +86,7 @@ async def command(
     return 0 if outcome.ok else 1
 
 
-def make_plan(session: Session, data: str, dir: str, spans: int, seed: int, server: str = "") -> Plan:
+def make_plan(session: Session, data: str, dir: str, *, spans: int, questions: int, seed: int, server: str) -> Plan:
     """Choose the directories and files; the first thing written."""
     from mist.cli._demo_run import Plan
     from mist.cli._demo_suite import write_recorded, write_suite
@@ -105,7 +109,7 @@ def make_plan(session: Session, data: str, dir: str, spans: int, seed: int, serv
         store = files / "tokentrace.db"  # somebody's spans are in the usual place: keep ours apart
     right: dict[str, int] = {}
     if solutions is None:
-        suite_file, right = write_suite(files / "suite", seed=seed)
+        suite_file, right = write_suite(files / "suite", seed=seed, samples=questions)
     else:
         suite_file = write_recorded(files / "suite", solutions)
     if trace_file is not None:

@@ -226,6 +226,6 @@ def invoke(name: str, args: list[str], found: dict[str, Any]) -> int:
     from mist.cli.wrap import UsageFault, load, parse_and_run
 
     try:
-        return parse_and_run(load(name), args, f"mist {name}", found)
+        return parse_and_run(load(name, args[0] if args else ""), args, f"mist {name}", found)
     except UsageFault as exc:
         raise InvalidArgument(exc.message, hint=exc.hint) from exc

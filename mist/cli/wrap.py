@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar, get_type_hints
 
 import typer
@@ -67,8 +67,9 @@ def noun(help: str) -> typer.Typer:
     )
 
 
-def load(name: str) -> Any:
-    """The parsed command object (a click-style command) of one entry of COMMANDS."""
+def load(name: str, verb: str = "") -> Any:
+    """The parsed command object (a click-style command) of one entry of COMMANDS. Of a noun only `verb` is built, where it
+    has it: the others are most of the time that a command takes before it does anything."""
     path, help = COMMANDS[name]
     module, _, attribute = path.partition(":")
     target = getattr(importlib.import_module(module), attribute)
@@ -76,18 +77,20 @@ def load(name: str) -> Any:
         app = noun(help)
         app.command(name, epilog=EPILOG)(adapt(target))
         return _named(typer.main.get_command(app), name)
-    examples: list[str] = []
     for info in target.registered_commands:
+        info.name = info.name or (info.callback and info.callback.__name__.replace("_", "-"))
+    app = noun(target.info.help or help)
+    app.registered_commands = [i for i in target.registered_commands if i.name == verb] or target.registered_commands
+    app.callback()(lambda: None)  # a noun stays a noun when it has one verb
+    examples: list[str] = []
+    for info in app.registered_commands:
         if info.callback is not None and not hasattr(info.callback, "__mist__"):
-            info.name = info.name or info.callback.__name__.replace("_", "-")
             info.callback = adapt(info.callback)
             info.epilog = info.epilog or EPILOG
         text = inspect.cleandoc((info.callback and info.callback.__doc__) or "")
         info.short_help = info.short_help or _first_sentence(text)
         examples.append(_first_example(text))
-    if not target.registered_callback:
-        target.callback()(lambda: None)  # a noun stays a noun when it has one verb
-    command = typer.main.get_command(target)
+    command = typer.main.get_command(app)
     command.help = command.help or help
     shown = [line for line in examples if line][:NOUN_EXAMPLES]
     command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in shown) if shown else None
@@ -129,7 +132,8 @@ def adapt(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _spread(group: type[OptionGroup], prefix: str = "") -> list[inspect.Parameter]:
+@cache
+def _spread(group: type[OptionGroup], prefix: str = "") -> tuple[inspect.Parameter, ...]:
     hints = get_type_hints(group, include_extras=True)
     out = []
     for f in fields(group):
@@ -139,7 +143,7 @@ def _spread(group: type[OptionGroup], prefix: str = "") -> list[inspect.Paramete
                 prefix + f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[f.name]
             )
         )
-    return out
+    return tuple(out)
 
 
 def _keep_examples(doc: str) -> str:

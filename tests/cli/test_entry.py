@@ -157,7 +157,7 @@ def test_read_verbs_create_nothing(cli: Cli, home: Path) -> None:
 def test_a_bug_is_one_line_and_a_traceback_only_on_request(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception nobody expected ends with 1 and asks for a report."""
 
-    def broken(name: str) -> None:
+    def broken(name: str, verb: str) -> None:
         raise RuntimeError("boom\x1b[31m")
 
     monkeypatch.setattr("mist.cli.wrap.load", broken)

@@ -3,7 +3,7 @@
 Fences marked `python` and `sh` run in order; what one block writes, the next ones of the page find. A fence that cannot run
 here says why in its first line: ```sh needs: a Docker engine```. Those that say `needs: servers` run against a NATS and a
 Redis server started for them, in place of localhost:4222 and localhost:6379, behind the page's earlier blocks of their
-language. `<!-- setup: COMMAND -->` runs unseen. What a block leaves running is there for the page's next ones and killed
+language. `<!-- setup: COMMAND -->` runs unseen. `mist demo` is a small one. What a block leaves running is there for the page's next ones and killed
 behind the last. Other fences (text, json, toml, console output) are for reading only.
 """
 
@@ -67,15 +67,18 @@ def place(tmp_path: Path) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MIST_")}
     scripts = tmp_path / "bin"
     scripts.mkdir()
-    for name, argv in (("mist", f"{sys.executable} -m mist"), ("python", sys.executable)):
+    # the demo's size is no matter of the pages, and half a minute of processor time
+    demo = 'if [ "$1" = demo ]; then set -- "$@" --spans 1000 --questions 30; fi\n'
+    for name, argv, first in (("mist", f"{sys.executable} -m mist", demo), ("python", sys.executable, "")):
         # a link would be a Python outside of its virtual environment
-        (scripts / name).write_text(f'#!/bin/sh\nexec {argv} "$@"\n')
+        (scripts / name).write_text(f'#!/bin/sh\n{first}exec {argv} "$@"\n')
         (scripts / name).chmod(0o755)
     env["PATH"] = f"{scripts}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env["PYTHONPATH"] = str(ROOT)
     env["HOME"] = str(tmp_path)
     env["XDG_CONFIG_HOME"] = str(tmp_path / "config")
     env["NO_COLOR"] = "1"
+    env["MIST_EXAMPLES"] = "15"  # of the model, where a page runs the suites
     return env
 
 

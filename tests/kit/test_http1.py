@@ -456,7 +456,7 @@ def test_bodies_and_answers_are_not_hoarded(monkeypatch: pytest.MonkeyPatch) -> 
     async def case() -> None:
         async with serving(monkeypatch, write_s_max=1.0) as (app, connect):
             reader, writer = await connect()
-            size = 50_000_000
+            size = 20_000_000
             writer.write(b"POST /sip HTTP/1.1\r\n%scontent-length: %d\r\n\r\n" % (HOST, size))
             writer.write(b"x" * size)
             await asyncio.sleep(0.2)

@@ -441,7 +441,7 @@ def test_killed_publishers_lose_and_double_nothing(tmp_path: Path, window: bool)
         while not all(h.exists() and h.stat().st_size for h in histories):
             assert all(c.poll() is None for c in children)
             time.sleep(0.01)
-        for _ in range(12):
+        for _ in range(6):
             time.sleep(rng.uniform(0.2, 0.5))
             lane = rng.randrange(2)
             children[lane].send_signal(signal.SIGKILL)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mist.broker.base import Broker, Checkpoint
 from mist.errors import WrongSequence
-from mist.testing.conformance.child import save_all
+from mist.testing._child import save_all
 from mist.testing.conformance.harness import (
     Env,
     Harness,
@@ -43,12 +43,12 @@ async def in_threads(harness: Harness, *works: Callable[[Broker], Awaitable[Any]
 
 
 async def child(harness: Harness, action: str, **arguments: Any) -> Process:
-    """A process that connects to the store by URL and does one thing (child.py)."""
+    """A process that connects to the store by URL and does one thing (mist/testing/_child.py)."""
     assert harness.url, "the capability `processes` needs `url`: children connect by it"
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "from mist.testing.conformance.child import main; main()",
+        "from mist.testing._child import main; main()",
         json.dumps({"url": harness.url, "action": action, **arguments}),
         stdin=PIPE,
         stdout=PIPE,

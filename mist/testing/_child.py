@@ -1,6 +1,6 @@
-"""What a child process of the suite does: connect by URL, one action, one JSON answer on standard output.
+"""What a child process of the conformance suite does: connect by URL, one action, one JSON answer on standard output.
 
-Does not import pytest, so that a child starts fast. Run by sharing.py.
+Lies outside of the suite, whose package imports pytest, so that a child starts fast. Run by conformance/sharing.py.
 """
 
 from __future__ import annotations
