@@ -379,7 +379,9 @@ class LogBroker(Broker):
         for stream in streams:
             await stream.retire()
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._pool, self._close_state)  # behind a call whose caller was cancelled: it may open one
+        await loop.run_in_executor(
+            self._pool, self._close_state
+        )  # behind a call whose caller was cancelled: it may open one
         await loop.run_in_executor(None, self._pool.shutdown)
 
     def _close_state(self) -> None:
