@@ -269,7 +269,7 @@ def _checked_url(provider: str, base_url: str) -> tuple[Origin, str, str]:
         parts = urlsplit(base_url)
         host, port = parts.hostname or "", parts.port
     except ValueError:
-        raise InvalidArgument(f"provider {provider}: base_url={shown!r} is no URL") from None  # it may say a password
+        raise InvalidArgument(f"provider {provider}: base_url is no URL") from None  # either may say a password
     if parts.scheme not in ("http", "https") or not host or port == 0:
         raise InvalidArgument(
             f"provider {provider}: base_url={shown!r} is no http URL", hint="for example http://127.0.0.1:11434/v1"
