@@ -11,12 +11,12 @@ Promises
 - A body ends where its length or its last chunk says. One that has neither ends with the connection, and is kept apart from one that
   broke off (a reset, or an end before its time): that raises.
 - Everything has a limit: connections (further requests wait in line), the time to connect, the head in bytes, lines and interim
-  answers, the framing of a body, what is read ahead of the reader. The time of an answer and the size of its body are the reader's.
+  answers, the framing of a body, what is read ahead of the reader. The deadline of an answer and the size of its body are the caller's.
 - A kept connection that ends before one byte of an answer came is what a server's idle timeout looks like: the request is sent once
   more, on a new connection, where the caller says that it may be. Nothing else is sent twice.
 - Addresses of a name are tried in turn, a new one every quarter of a second, until one connects.
 
-Raises Unavailable for what has no answer at all, ProtocolError for what is none, TooLarge. Does not: redirects, proxies, cookies,
+Raises Unavailable for what has no answer at all, ProtocolError for what is none, TooLarge, TimedOut. Does not: redirects, proxies, cookies,
 compression, HTTP/2, uploads in pieces. A pool belongs to one event loop.
 """
 
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mist.errors import Closed, InvalidArgument, MistError, ProtocolError, TooLarge, Unavailable
+from mist.errors import Closed, InvalidArgument, MistError, ProtocolError, TimedOut, TooLarge, Unavailable
 
 if TYPE_CHECKING:
     import httptools
@@ -77,14 +77,15 @@ class Response:
         self._error: MistError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def read(self) -> bytes:
-        """What has come since; at least a byte, or nothing at the end. Raises ProtocolError where it broke off."""
+    async def read(self, deadline_s: float | None = None) -> bytes:
+        """What has come since; at least a byte, or nothing at the end. Raises ProtocolError where it broke off, TimedOut where
+        nothing came until `deadline_s` by the loop's clock; the connection is closed then."""
         while not self._parts:
             if self._error is not None:
                 raise self._error
             if self.complete:
                 return b""
-            await self._wait()
+            await self._wait(deadline_s)
         parts, self._parts = self._parts, []
         self._size = 0
         self._connection.go_on()
@@ -98,12 +99,16 @@ class Response:
         if self._connection.has(self):
             self._connection.abort()
 
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+    async def _wait(self, deadline_s: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_at(deadline_s, self._connection.late) if deadline_s is not None else None
         try:
             await self._waiter
         finally:
             self._waiter = None
+            if timer is not None:
+                timer.cancel()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -126,6 +131,7 @@ class _Connection(asyncio.Protocol):
         self.heard = False
         """Whether a byte came since the last request."""
         self._pool = pool
+        self._loop = asyncio.get_running_loop()
         self._parser: httptools.HttpResponseParser = pool.httptools.HttpResponseParser(self)
         self._transport: Any = None
         self._answer: Response | None = None
@@ -147,12 +153,14 @@ class _Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return not self._gone and not self._transport.is_closing()
 
-    async def ask(self, head: bytes, body: bytes) -> Response:
+    async def ask(self, head: bytes, body: bytes, deadline_s: float | None = None) -> Response:
         """Send, and wait for the head of the answer."""
         if not self.usable:
             raise Unavailable("the connection was closed before an answer")
         self._answer = Response(self)
-        self._began = asyncio.get_running_loop().create_future()
+        self._began = self._loop.create_future()
+        # a timer, and no task that it would cancel: several times cheaper than asyncio.timeout
+        timer = self._loop.call_at(deadline_s, self.late) if deadline_s is not None else None
         self._interim = 0
         self.heard = False
         self._new_head()
@@ -168,6 +176,8 @@ class _Connection(asyncio.Protocol):
             raise
         finally:
             self._began = None
+            if timer is not None:
+                timer.cancel()
 
     def leave(self, answer: Response) -> None:
         if self._answer is not answer:
@@ -179,6 +189,10 @@ class _Connection(asyncio.Protocol):
             self._pool.keep(self)
         else:
             self.abort()
+
+    def late(self) -> None:
+        """What was waited for did not come in time."""
+        self._failed(TimedOut("no answer in time"))
 
     def has(self, answer: Response) -> bool:
         return self._answer is answer
@@ -352,16 +366,28 @@ class Pool:
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def post(self, origin: Origin, head: bytes, body: bytes, *, repeatable: bool = False) -> Response:
-        """The answer to a request, when its head is there. `head` is all of the request before its body. `repeatable`: it
-        may be sent again where a kept connection was closed under it. Raises Unavailable, ProtocolError, TooLarge."""
-        connection = self._take(origin) or await self._connected(origin)
+    async def post(
+        self, origin: Origin, head: bytes, body: bytes, *, deadline_s: float | None = None, repeatable: bool = False
+    ) -> Response:
+        """The answer to a request, when its head is there. `head` is all of the request before its body. `deadline_s`, by the
+        loop's clock, is for that. `repeatable`: it may be sent again where a kept connection was closed under it. Raises Unavailable, ProtocolError, TooLarge, TimedOut."""
+        connection = self._take(origin) or await self._in_time(origin, deadline_s)
         try:
-            return await connection.ask(head, body)
+            return await connection.ask(head, body, deadline_s)
         except Unavailable:
             if not (repeatable and connection.used and not connection.heard):
                 raise
-        return await (await self._connected(origin)).ask(head, body)
+        return await (await self._in_time(origin, deadline_s)).ask(head, body, deadline_s)
+
+    async def _in_time(self, origin: Origin, deadline_s: float | None) -> _Connection:
+        limit = asyncio.timeout_at(deadline_s)
+        try:
+            async with limit:
+                return await self._connected(origin)
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise TimedOut("no answer in time") from exc
 
     async def aclose(self) -> None:
         """Close every connection, answers under way with them. Idempotent."""

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from mist.errors import InvalidArgument, ProtocolError, TooLarge, Unavailable
+from mist.errors import InvalidArgument, ProtocolError, TimedOut, TooLarge, Unavailable
 from mist.kit.http1_client import CONNECT_TIMEOUT_S, Origin, Pool, Response
 from mist.protocol.url import redact
 from mist.tools.infermux.failures import Kind, ProviderError
@@ -78,45 +78,41 @@ class Http:
 
     async def post(self, path: str, body: bytes, *, timeout_s: float) -> bytes:
         """The body of a 200."""
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._send(path, body)
-                try:
-                    if response.status != 200:
-                        raise await self._refused(response)
-                    return await self._body(response, self._body_bytes_max)
-                finally:
-                    response.release()
-        except TimeoutError as exc:
+            response = await self._send(path, body, deadline_s)
+            try:
+                if response.status != 200:
+                    raise await self._refused(response, deadline_s)
+                return await self._body(response, self._body_bytes_max, deadline_s)
+            finally:
+                response.release()
+        except TimedOut as exc:
             raise self.error("timeout", f"no answer within {timeout_s:g} s") from exc
 
     @asynccontextmanager
     async def stream(self, path: str, body: bytes, *, timeout_s: float) -> AsyncIterator[Events]:
         """The events of a 200. Raises before it gives any whatever the head of the answer says."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout_at(deadline):
-                response = await self._send(path, body)
-                try:
-                    if response.status != 200:
-                        raise await self._refused(response)
-                    if response.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-                        raise await self._no_stream(response)
-                    self._check_plain(response)
-                except BaseException:
-                    response.close()
-                    raise
-        except TimeoutError as exc:
+            response = await self._send(path, body, deadline_s)
+            try:
+                if response.status != 200:
+                    raise await self._refused(response, deadline_s)
+                if response.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+                    raise await self._no_stream(response, deadline_s)
+                self._check_plain(response)
+            except BaseException:
+                response.close()
+                raise
+        except TimedOut as exc:
             raise self.error("timeout", f"no answer within {timeout_s:g} s") from exc
-        events = Events(self, response, timeout_s, deadline)
+        events = Events(self, response, timeout_s, deadline_s)
         try:
             yield events
-        except BaseException:
-            response.close()
-            raise
-        await events.drain()
-        response.release()
+            await events.drain()
+        finally:
+            response.release()
 
     def error(
         self,
@@ -142,30 +138,32 @@ class Http:
         if self._own:
             await self._pool.aclose()
 
-    async def _send(self, path: str, body: bytes) -> Response:
+    async def _send(self, path: str, body: bytes, deadline_s: float) -> Response:
         head = self._heads.get(path)
         if head is None:
             target = f"POST {self._path}{path}{self._query} HTTP/1.1\r\n{self._headers}content-length: "
             head = self._heads[path] = target.encode("ascii")
         try:
-            return await self._pool.post(self._origin, b"%b%d\r\n\r\n" % (head, len(body)), body, repeatable=True)
+            return await self._pool.post(
+                self._origin, b"%b%d\r\n\r\n" % (head, len(body)), body, deadline_s=deadline_s, repeatable=True
+            )
         except Unavailable as exc:
             raise self.error("connection", f"cannot be reached: {exc.message}") from exc
         except (ProtocolError, TooLarge) as exc:
             raise self.error("bad_answer", exc.message) from exc
 
-    async def _read(self, response: Response) -> bytes:
+    async def _read(self, response: Response, deadline_s: float) -> bytes:
         try:
-            return await response.read()
+            return await response.read(deadline_s)
         except (ProtocolError, TooLarge, Unavailable) as exc:
             raise self.error("bad_answer", exc.message) from exc
 
-    async def _body(self, response: Response, bytes_max: int, *, cut: bool = False) -> bytes:
+    async def _body(self, response: Response, bytes_max: int, deadline_s: float, *, cut: bool = False) -> bytes:
         """All of it, or with `cut` what fits."""
         self._check_plain(response)
         parts: list[bytes] = []
         size = 0
-        while part := await self._read(response):
+        while part := await self._read(response, deadline_s):
             parts.append(part)
             size += len(part)
             if size > bytes_max:
@@ -180,7 +178,7 @@ class Http:
             what = "answered with a compressed body, which nobody asked for"
             raise self.error("bad_answer", what, status=response.status)
 
-    async def _refused(self, response: Response) -> ProviderError:
+    async def _refused(self, response: Response, deadline_s: float) -> ProviderError:
         status, headers = response.status, response.headers
         if 300 <= status < 400:
             where = redact(headers.get("location", ""))
@@ -189,7 +187,7 @@ class Http:
                 hint="redirects are not followed; is base_url right?",
             )  # fmt: skip
         try:
-            error = said_by(await self._body(response, ERROR_BYTES_MAX, cut=True))
+            error = said_by(await self._body(response, ERROR_BYTES_MAX, deadline_s, cut=True))
         except ProviderError:
             error = {}  # the status says enough
         reason = reason_of(error)
@@ -198,9 +196,9 @@ class Http:
             retry_after_s=asked_to_wait_s(headers, self._now()),
         )  # fmt: skip
 
-    async def _no_stream(self, response: Response) -> ProviderError:
+    async def _no_stream(self, response: Response, deadline_s: float) -> ProviderError:
         """Some servers refuse with status 200."""
-        error = error_of(await self._body(response, ERROR_BYTES_MAX, cut=True))
+        error = error_of(await self._body(response, ERROR_BYTES_MAX, deadline_s, cut=True))
         if error is not None:
             return self.told(error, status=response.status)
         return self.error("bad_answer", "answered a stream with a JSON document", status=response.status)
@@ -228,9 +226,8 @@ class Events:
     async def read(self) -> list[Event] | None:
         """The next events, maybe none; None at the end of the answer. The time limit goes on over reads."""
         try:
-            async with asyncio.timeout_at(self._deadline):
-                data = await self._http._read(self._response)
-        except TimeoutError as exc:
+            data = await self._http._read(self._response, self._deadline)
+        except TimedOut as exc:
             what = "nothing more came" if self.begun else "nothing came"
             raise self._http.error("timeout", f"{what} within {self._timeout_s:g} s", begun=self.begun) from exc
         except ProviderError as exc:
@@ -254,12 +251,10 @@ class Events:
 
     async def drain(self) -> None:
         """The last word was said; what follows is the end of the body, mostly there already."""
-        if self._response.complete:
-            return
-        with contextlib.suppress(TimeoutError, ProviderError):  # nothing is lost but the connection
-            async with asyncio.timeout(DRAIN_S):
-                while await self._http._read(self._response):
-                    pass
+        deadline_s = self._loop.time() + DRAIN_S
+        with contextlib.suppress(TimedOut, ProviderError):  # nothing is lost but the connection
+            while not self._response.complete and await self._http._read(self._response, deadline_s):
+                pass
 
 
 def _checked_url(provider: str, base_url: str) -> tuple[Origin, str, str]:
