@@ -28,318 +28,20 @@ import ssl
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from mist.errors import Closed, InvalidArgument, MistError, ProtocolError, TimedOut, TooLarge, Unavailable
-
-if TYPE_CHECKING:
-    import httptools
+from mist.errors import Closed, InvalidArgument, TimedOut, Unavailable
+from mist.kit._http1_connection import Connection
+from mist.kit._http1_connection import Origin as Origin
+from mist.kit._http1_connection import Response as Response
 
 CONNECTIONS_MAX = 1024
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 60.0
-HEAD_BYTES_MAX = 64 * 1024
-HEADERS_MAX = 200
-INTERIM_MAX = 16
-"""1xx answers before the answer."""
-AHEAD_BYTES_MAX = 256 * 1024
-"""Of a body, before its reader takes it."""
 NEXT_ADDRESS_S = 0.25
 ADDRESSES_MAX = 16
 ADDRESSES_S = 60.0
 """How long the addresses of a name are remembered."""
-JOINED_BYTES_MAX = 64 * 1024
-"""Up to here a body goes out in one write with its head."""
-_NO_BODY = frozenset({204, 304})
-
-
-class Origin(NamedTuple):
-    """Where to. `host` without brackets."""
-
-    host: str
-    port: int
-    tls: bool = False
-
-
-class Response:
-    """An answer whose head is there. Header names in lower case; values of a name that comes twice are joined by a comma."""
-
-    __slots__ = ("_connection", "_error", "_parts", "_size", "_waiter", "complete", "headers", "status")
-
-    def __init__(self, connection: _Connection) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self.complete = False
-        """Whether its end has come; pieces may still lie here."""
-        self._connection = connection
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._error: MistError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def read(self, deadline_s: float | None = None) -> bytes:
-        """What has come since; at least a byte, or nothing at the end. Raises ProtocolError where it broke off, TimedOut where
-        nothing came until `deadline_s` by the loop's clock; the connection is closed then."""
-        while not self._parts:
-            if self._error is not None:
-                raise self._error
-            if self.complete:
-                return b""
-            await self._wait(deadline_s)
-        parts, self._parts = self._parts, []
-        self._size = 0
-        self._connection.go_on()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def release(self) -> None:
-        """Keep the connection where the answer is at its end, else close it."""
-        self._connection.leave(self)
-
-    def close(self) -> None:
-        if self._connection.has(self):
-            self._connection.abort()
-
-    async def _wait(self, deadline_s: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        timer = loop.call_at(deadline_s, self._connection.late) if deadline_s is not None else None
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _fail(self, error: MistError) -> None:
-        if not self.complete and self._error is None:
-            self._error = error
-        self._wake()
-
-
-class _Connection(asyncio.Protocol):
-    """One connection, made for one pool."""
-
-    def __init__(self, pool: Pool, origin: Origin) -> None:
-        self.origin = origin
-        self.since_s = 0.0
-        """When it became idle."""
-        self.used = False
-        self.heard = False
-        """Whether a byte came since the last request."""
-        self._pool = pool
-        self._loop = asyncio.get_running_loop()
-        self._parser: httptools.HttpResponseParser = pool.httptools.HttpResponseParser(self)
-        self._transport: Any = None
-        self._answer: Response | None = None
-        self._began: asyncio.Future[Response] | None = None
-        self._in_head = False
-        self._raw = 0  # bytes of the present answer, head and framing with it
-        self._given = 0  # bytes of the present body without it
-        self._lines = 0
-        self._interim = 0
-        self._to_the_end = False
-        self._keep = False
-        self._paused = False
-        self._gone = False
-        self._why: MistError | None = None
-
-    # the pool's side
-
-    @property
-    def usable(self) -> bool:
-        return not self._gone and not self._transport.is_closing()
-
-    async def ask(self, head: bytes, body: bytes, deadline_s: float | None = None) -> Response:
-        """Send, and wait for the head of the answer."""
-        if not self.usable:
-            raise Unavailable("the connection was closed before an answer")
-        self._answer = Response(self)
-        self._began = self._loop.create_future()
-        # a timer, and no task that it would cancel: several times cheaper than asyncio.timeout
-        timer = self._loop.call_at(deadline_s, self.late) if deadline_s is not None else None
-        self._interim = 0
-        self.heard = False
-        self._new_head()
-        if len(body) <= JOINED_BYTES_MAX:
-            self._transport.write(head + body)
-        else:
-            self._transport.write(head)
-            self._transport.write(body)
-        try:
-            return await self._began
-        except BaseException:
-            self.abort()
-            raise
-        finally:
-            self._began = None
-            if timer is not None:
-                timer.cancel()
-
-    def leave(self, answer: Response) -> None:
-        if self._answer is not answer:
-            return  # it is somebody else's by now, or nobody's
-        self._answer = None
-        if answer.complete and self._keep and self.usable:
-            self.used = True
-            self.go_on()
-            self._pool.keep(self)
-        else:
-            self.abort()
-
-    def late(self) -> None:
-        """What was waited for did not come in time."""
-        self._failed(TimedOut("no answer in time"))
-
-    def has(self, answer: Response) -> bool:
-        return self._answer is answer
-
-    def abort(self) -> None:
-        self._answer = None
-        self._gone = True
-        if self._transport is not None:
-            self._transport.abort()
-        self._pool.gone(self)
-
-    def go_on(self) -> None:
-        if self._paused:
-            self._paused = False
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
-
-    # the transport's
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        answer = self._answer
-        if answer is None or answer.complete:
-            if data.strip(b"\r\n"):  # an empty line after an answer is an old habit of servers
-                self._spoilt()
-            return
-        self.heard = True
-        self._raw += len(data)
-        try:
-            self._parser.feed_data(data)
-        except self._pool.httptools.HttpParserUpgrade:
-            self._failed(ProtocolError("the server changes to a protocol that nobody asked for"))
-            return
-        except self._pool.httptools.HttpParserError as exc:
-            self._failed(ProtocolError(f"the answer is no proper HTTP: {exc}"))
-            return
-        if self._why is not None:
-            self._failed(self._why)
-        elif self._in_head:
-            self._check(HEAD_BYTES_MAX, "head of the answer")
-        elif not answer.complete:
-            # the parser keeps an extension or a trailer that does not end, however long it gets
-            self._check(2 * HEAD_BYTES_MAX + 8 * self._given, "framing of the answer")
-
-    def _check(self, most: int, what: str) -> None:
-        if self._raw > most:
-            self._failed(TooLarge(what, size_bytes=self._raw, size_bytes_max=most))
-
-    def eof_received(self) -> None:
-        return None  # the transport closes itself
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._gone = True
-        answer = self._answer
-        if answer is not None and not answer.complete:
-            if self._to_the_end and not self._in_head and exc is None:
-                answer.complete = True
-                self._keep = False
-                answer._wake()
-            elif self._in_head:
-                how = f"the connection broke: {exc}" if exc is not None else "the connection was closed"
-                what = "in the head of the answer" if self.heard else "before an answer"
-                self._failed((ProtocolError if self.heard else Unavailable)(f"{how} {what}"))
-            else:
-                self._failed(ProtocolError("the answer broke off" + (f": {exc}" if exc is not None else "")))
-        self._pool.gone(self)
-
-    def _failed(self, error: MistError) -> None:
-        answer, began = self._answer, self._began
-        self.abort()
-        if began is not None and not began.done():
-            began.set_exception(error)
-        elif answer is not None:
-            answer._fail(error)
-
-    def _spoilt(self) -> None:
-        """More came than was asked for. An answer that is whole stays so."""
-        self._keep = False
-        self._gone = True
-        self._transport.abort()
-        self._pool.gone(self)
-
-    # the parser's
-
-    def _new_head(self) -> None:
-        self._in_head = True
-        self._raw = self._given = self._lines = 0
-        self._to_the_end = False
-
-    def on_message_begin(self) -> None:
-        if self._answer is not None and self._answer.complete:
-            self._keep = False  # a second answer to one request
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        answer = self._answer
-        self._lines += 1
-        if answer is None or answer.complete or not self._in_head or self._lines > HEADERS_MAX:
-            if self._lines > HEADERS_MAX and self._why is None:
-                self._why = TooLarge("headers of the answer", size_bytes=self._lines, size_bytes_max=HEADERS_MAX)
-            return  # too many, or a trailer
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        before = answer.headers.get(key)
-        answer.headers[key] = text if before is None else f"{before}, {text}"
-
-    def on_headers_complete(self) -> None:
-        answer, began = self._answer, self._began
-        if answer is None or answer.complete:
-            return
-        status = self._parser.get_status_code()
-        if status < 200:
-            self._interim += 1
-            if self._interim > INTERIM_MAX:
-                self._why = ProtocolError(f"more than {INTERIM_MAX} interim answers")
-            return
-        self._in_head = False
-        headers = answer.headers
-        answer.status = status
-        self._to_the_end = not ("content-length" in headers or "transfer-encoding" in headers or status in _NO_BODY)
-        self._keep = self._parser.should_keep_alive()
-        if began is not None and not began.done() and self._why is None:
-            began.set_result(answer)
-
-    def on_body(self, data: bytes) -> None:
-        answer = self._answer
-        if answer is None or answer.complete:
-            return
-        self._given += len(data)
-        answer._parts.append(data)
-        answer._size += len(data)
-        if answer._waiter is not None:
-            answer._wake()
-        if answer._size > AHEAD_BYTES_MAX and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
-
-    def on_message_complete(self) -> None:
-        answer = self._answer
-        if answer is None or answer.complete:
-            return
-        if self._in_head:  # an interim answer; the next head is that of the answer, or of another
-            answer.headers.clear()
-            self._lines = 0
-            return
-        answer.complete = True
-        answer._wake()
 
 
 class Pool:
@@ -358,8 +60,8 @@ class Pool:
         self._connect_timeout_s = connect_timeout_s
         self._keepalive_s = keepalive_s
         self._tls = tls
-        self._idle: dict[Origin, deque[_Connection]] = {}
-        self._all: set[_Connection] = set()
+        self._idle: dict[Origin, deque[Connection]] = {}
+        self._all: set[Connection] = set()
         self._connecting = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._addresses: dict[Origin, tuple[float, list[Any]]] = {}
@@ -379,7 +81,7 @@ class Pool:
                 raise
         return await (await self._in_time(origin, deadline_s)).ask(head, body, deadline_s)
 
-    async def _in_time(self, origin: Origin, deadline_s: float | None) -> _Connection:
+    async def _in_time(self, origin: Origin, deadline_s: float | None) -> Connection:
         limit = asyncio.timeout_at(deadline_s)
         try:
             async with limit:
@@ -404,7 +106,7 @@ class Pool:
 
     # connections
 
-    def keep(self, connection: _Connection) -> None:
+    def keep(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         connection.since_s = loop.time()
         self._idle.setdefault(connection.origin, deque()).append(connection)
@@ -413,7 +115,7 @@ class Pool:
         if self._waiting:
             self._next()
 
-    def gone(self, connection: _Connection) -> None:
+    def gone(self, connection: Connection) -> None:
         if connection not in self._all:
             return
         self._all.discard(connection)
@@ -424,7 +126,7 @@ class Pool:
                 del self._idle[connection.origin]
         self._next()
 
-    def _take(self, origin: Origin) -> _Connection | None:
+    def _take(self, origin: Origin) -> Connection | None:
         """The one that was used last; those that were idle for too long are closed."""
         idle = self._idle.get(origin)
         while idle:
@@ -434,7 +136,7 @@ class Pool:
             connection.abort()
         return None
 
-    async def _connected(self, origin: Origin) -> _Connection:
+    async def _connected(self, origin: Origin) -> Connection:
         """A new one, or one that became free while this waited for its turn."""
         while not self._closed and len(self._all) + self._connecting >= self._connections_max:
             other = next((idle for to, idle in self._idle.items() if to != origin and idle), None)
@@ -479,7 +181,7 @@ class Pool:
             connection.abort()
         self._sweep = loop.call_later(self._keepalive_s / 2, self._swept, loop) if self._idle else None
 
-    async def _connect(self, origin: Origin) -> _Connection:
+    async def _connect(self, origin: Origin) -> Connection:
         limit = asyncio.timeout(self._connect_timeout_s)
         try:
             with _unavailable():
@@ -505,12 +207,12 @@ class Pool:
         self._addresses[origin] = loop.time(), ordered
         return ordered
 
-    async def _first(self, origin: Origin, addresses: list[Any]) -> _Connection:
+    async def _first(self, origin: Origin, addresses: list[Any]) -> Connection:
         """The first address that connects. Each has a head start before the next is tried beside it."""
         if len(addresses) == 1:
             return await self._at(origin, addresses[0])
         left = deque(addresses)
-        running: set[asyncio.Task[_Connection]] = set()
+        running: set[asyncio.Task[Connection]] = set()
         error: BaseException | None = None
         try:
             while left or running:
@@ -531,11 +233,11 @@ class Pool:
                 task.cancel()
                 task.add_done_callback(_unwanted)
 
-    async def _at(self, origin: Origin, address: Any) -> _Connection:
+    async def _at(self, origin: Origin, address: Any) -> Connection:
         family, where = address[0], address[4]
         tls = self._context() if origin.tls else None
         _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: _Connection(self, origin), where[0], where[1], family=family, ssl=tls,
+            lambda: Connection(self, origin), where[0], where[1], family=family, ssl=tls,
             server_hostname=origin.host if tls is not None else None,
         )  # fmt: skip
         return connection
@@ -546,7 +248,7 @@ class Pool:
         return self._tls
 
 
-def _unwanted(task: asyncio.Task[_Connection]) -> None:
+def _unwanted(task: asyncio.Task[Connection]) -> None:
     if not task.cancelled() and task.exception() is None:
         task.result().abort()
 

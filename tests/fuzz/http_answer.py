@@ -10,7 +10,8 @@ import sys
 from typing import Any
 
 from mist.errors import MistError, ProtocolError, TooLarge, Unavailable
-from mist.kit.http1_client import Origin, Pool, Response, _Connection
+from mist.kit._http1_connection import Connection
+from mist.kit.http1_client import Origin, Pool, Response
 from tests.fuzz.driver import Target, main
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -62,7 +63,7 @@ Outcome = tuple[Any, ...]
 async def _answered(parts: list[bytes], reset: bool) -> Outcome:
     """What becomes of a request whose answer comes in these parts, and then the end."""
     pool = Pool()
-    connection = _Connection(pool, Origin("x", 1))
+    connection = Connection(pool, Origin("x", 1))
     transport: Any = _Transport()
     connection.connection_made(transport)
     pool._all.add(connection)

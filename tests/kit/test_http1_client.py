@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from conftest import run
 
-from mist.errors import MistError, ProtocolError, TooLarge, Unavailable
+from mist.errors import MistError, ProtocolError, TimedOut, TooLarge, Unavailable
 from mist.kit import http1_client
-from mist.kit.http1_client import HEAD_BYTES_MAX, HEADERS_MAX, INTERIM_MAX, Origin, Pool, Response
+from mist.kit._http1_connection import AHEAD_BYTES_MAX, HEAD_BYTES_MAX, HEADERS_MAX, INTERIM_MAX
+from mist.kit.http1_client import Origin, Pool, Response
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
@@ -275,7 +276,7 @@ def test_a_large_body_waits_for_its_reader() -> None:
         (connection,) = pool._all
         while not connection._paused:
             await asyncio.sleep(0)
-        assert answer._size <= http1_client.AHEAD_BYTES_MAX + 512 * 1024
+        assert answer._size <= AHEAD_BYTES_MAX + 512 * 1024
         assert len(await whole(answer)) == size
         answer.release()
         assert await ask(there, pool) == (200, b"ok")
@@ -302,6 +303,32 @@ def test_requests_wait_for_a_connection() -> None:
         """A connection that breaks makes room, too."""
         asked = await asyncio.gather(ask(there, pool), ask(there, pool), return_exceptions=True)
         assert {type(a) for a in asked} == {Unavailable, tuple}
+
+
+def test_what_does_not_come_in_time() -> None:
+    """A head, the next piece, a connection: the first two close theirs, who waited in line leaves the others in it."""
+
+    def soon(seconds: float = 0.02) -> float:
+        return asyncio.get_running_loop().time() + seconds
+
+    @given([[WAIT]], [[CHUNKED + b"2\r\nok\r\n", WAIT]], [[WAIT, OK], OK], connections_max=1)
+    async def _(there: Server, pool: Pool) -> None:
+        with pytest.raises(TimedOut):
+            await pool.post(there.origin, HEAD, b"{}", deadline_s=soon(0.2))
+        assert not pool._all
+        answer = await pool.post(there.origin, HEAD, b"{}", deadline_s=soon(30.0))
+        assert await answer.read(0.0) == b"ok"  # it is there
+        with pytest.raises(TimedOut):
+            await answer.read(soon())
+        assert not pool._all
+        slow = asyncio.create_task(ask(there, pool))
+        while there.requests < 3:
+            await asyncio.sleep(0)
+        with pytest.raises(TimedOut):
+            await pool.post(there.origin, HEAD, b"{}", deadline_s=soon())
+        (connection,) = pool._all
+        connection._transport.write(b"x")  # the script goes on
+        assert await slow == await ask(there, pool) == (200, b"ok")
 
 
 def test_idle_connections_end() -> None:
