@@ -295,6 +295,9 @@ class Connection(asyncio.Protocol):
         answer.status = status
         self._to_the_end = not ("content-length" in headers or "transfer-encoding" in headers or status in _NO_BODY)
         self._keep = self._parser.should_keep_alive()
+        coding = headers.get("transfer-encoding", "chunked").lower()
+        if coding != "chunked":  # who reads another one differently takes a body for an answer, or an answer for a body
+            self._why = ProtocolError(f"transfer-encoding {coding[:80]!r}, which nobody asked for")
         if began is not None and not began.done() and self._why is None:
             began.set_result(answer)
 

@@ -154,6 +154,7 @@ BROKEN: list[tuple[str, Any, type[MistError]]] = [
     ("a chunk without a size", [CHUNKED + b"zz\r\nok\r\n0\r\n\r\n"], ProtocolError),
     ("reset in a body to the end", [b"HTTP/1.1 200 OK\r\n\r\nok", WAIT, RESET], ProtocolError),
     ("no HTTP", [b"hello\r\n\r\n"], ProtocolError),
+    ("a coding that nobody asked for", [CHUNKED.replace(b"chunked", b"gzip, chunked") + b"2\r\nok\r\n0\r\n\r\n", WAIT], ProtocolError),
     ("two lengths", [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok"], ProtocolError),
     ("another protocol", [b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\nok"], ProtocolError),
     ("interim answers for ever", [b"HTTP/1.1 102 Processing\r\n\r\n" * (INTERIM_MAX + 1) + OK], ProtocolError),
