@@ -26,6 +26,8 @@ class Server:
 
     def __init__(self, url: str) -> None:
         httpx = _httpx()
+        if not url.startswith(("http://", "https://")):
+            raise InvalidArgument(f"{url!r} is no address of a router", hint="for example http://127.0.0.1:8600")
         self.url = url.rstrip("/")
         key, token = os.environ.get(KEY, ""), os.environ.get(TOKEN, "")
         self._key = {"authorization": f"Bearer {key}"} if key else {}

@@ -219,6 +219,7 @@ def infermux(
     from mist.tools.infermux.budgets import Ledger
     from mist.tools.infermux.calls import SPAN
     from mist.tools.infermux.handler import answered, handler
+    from mist.tools.infermux.probes import probe
     from mist.tools.infermux.reconcile import reconcile
     from mist.tools.infermux.router import Router
     from mist.tools.infermux.service import InferMux, watch
@@ -281,10 +282,14 @@ def infermux(
                     group.create_task(_away(platform, lambda: requests(platform, service)))
                 if tokentrace:
                     group.create_task(_away(platform, lambda: _forward(platform, trace, tokentrace)))
-                settling = group.create_task(settle(platform, ledger))
+                passing = [
+                    group.create_task(settle(platform, ledger)),
+                    group.create_task(probe(router, say=platform.say)),
+                ]
                 platform.ready.set()
                 await platform.stop.wait()
-                settling.cancel()
+                for task in passing:
+                    task.cancel()
         except* MistError as found:
             raise found.exceptions[0] from None
         finally:

@@ -15,6 +15,10 @@ ids, and a stream that stores both times keeps one. `health.ping` is answered wi
 A type that is not accepted is InvalidArgument. Whatever a handler raises that is not in mist.errors becomes Internal,
 with the original as its cause.
 
+A handler that must leave nobody without an answer has a `last_word`: the outputs of a request that becomes a dead letter.
+They are stored before the letter is, under ids of their own, so that the request's own outputs are new when the letter is
+sent again and answered.
+
 Does not: keep state, retry, or catch cancellation. A handler is called again for a request whose outputs were not stored.
 """
 
@@ -38,11 +42,13 @@ One = Callable[[Envelope], Awaitable[Iterable[Envelope] | None]]
 Outcome = Iterable[Envelope] | MistError | None
 Many = Callable[[list[Envelope]], Awaitable[Sequence[Outcome]]]
 """Requests to one outcome each, in order: outputs, or the error of that request alone. What it raises fails them all."""
+LastWord = Callable[[Envelope, MistError], Iterable[Envelope]]
+"""A request that nobody will handle again, and why, to its outputs."""
 
 
 class Handler:
     """Give either `one` or `many`. `accepts` are the types it takes (none = all). `name` is the tool's: it is part of its
-    outputs' ids, and what a pong says."""
+    outputs' ids, and what a pong says. `last_word`: see above."""
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class Handler:
         *,
         many: Many | None = None,
         accepts: Sequence[str] = (),
+        last_word: LastWord | None = None,
         version: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -64,6 +71,7 @@ class Handler:
         self.accepts = tuple(accepts)
         self.version = version or mist.__version__
         self.batched = many is not None
+        self.last_word = last_word
         self._one = one
         self._many = many
         self._clock = clock
@@ -95,6 +103,16 @@ class Handler:
             for at, outcome in zip(ours, await self._outcomes(asked), strict=True):
                 outcomes[at] = self._finished(requests[at], outcome)
         return outcomes
+
+    def last_words(self, request: Envelope, error: MistError) -> list[Envelope]:
+        """What is stored of a request that becomes a dead letter for this error. Raises nothing."""
+        if self.last_word is None or (self.accepts and request.type not in self.accepts):
+            return []
+        try:
+            return finish(self.name, request, self.last_word(request, error), dead=True)
+        except Exception:  # the request is lost to its handler already; its letter is not to be
+            _log.exception("handler %s has no last word for envelope %s", self.name, request.id)
+            return []
 
     async def _outcomes(self, requests: list[Envelope]) -> Sequence[Outcome]:
         if self._many is not None:
@@ -137,11 +155,11 @@ class Handler:
         return Envelope.new(HEALTH_PONG, pong, source=self.name)
 
 
-def finish(name: str, request: Envelope, outputs: Iterable[Envelope]) -> list[Envelope]:
-    """The outputs with what they owe to the request (see above)."""
+def finish(name: str, request: Envelope, outputs: Iterable[Envelope], *, dead: bool = False) -> list[Envelope]:
+    """The outputs with what they owe to the request (see above). `dead`: they are last words."""
     return [
         Envelope(
-            version=out.version, id=output_id(name, request, at), source=out.source, type=out.type,
+            version=out.version, id=output_id(name, request, ~at if dead else at), source=out.source, type=out.type,
             timestamp_ns=out.timestamp_ns, payload=out.payload, checksum=out.checksum,
             correlation_id=out.correlation_id or request.correlation_id or request.id, causation_id=request.id,
             traceparent=out.traceparent or request.traceparent, tenant=request.tenant or out.tenant,
@@ -151,6 +169,7 @@ def finish(name: str, request: Envelope, outputs: Iterable[Envelope]) -> list[En
 
 
 def output_id(name: str, request: Envelope, at: int) -> str:
-    """32 hex digits, the same whenever this handler makes its output number `at` of this request."""
+    """32 hex digits, the same whenever this handler makes its output number `at` of this request; last words count down
+    from -1."""
     key = f"{name}\0{request.source}\0{request.id}\0{at}".encode()
     return hashlib.blake2b(key, digest_size=16).hexdigest()

@@ -8,7 +8,7 @@
                                         or where `out` says where outputs go
 
 An error of a request is: over a broker a dead letter with the reason (at once where trying again cannot help, else after the
-consumer's `attempts_max`); over http the documented status and error JSON; over stdio and file one line of error JSON on
+consumer's `attempts_max`; a handler's `last_word` is stored first, see `_deliveries`); over http the documented status and error JSON; over stdio and file one line of error JSON on
 stderr, the next request, and in the end the exit code of the first error. An error of the way itself (broker gone, disk
 full) ends `serve`.
 
@@ -32,11 +32,21 @@ import msgspec
 from msgspec import Struct
 
 from mist.broker.base import ALL, Broker, ConsumerConfig, Stream
+from mist.broker.deadletter import EXHAUSTED
 from mist.client._position import PositionFile
 from mist.client.client import Client, EnvelopePublisher
-from mist.client.handler import Handler
+from mist.client.handler import Handler, output_id
 from mist.client.worker import Delivered, Worker
-from mist.errors import Conflict, EndOfStream, Internal, InvalidArgument, MistError, ProtocolError, TooLarge
+from mist.errors import (
+    Conflict,
+    EndOfStream,
+    Internal,
+    InvalidArgument,
+    MistError,
+    ProtocolError,
+    TooLarge,
+    Unavailable,
+)
 from mist.kit.server import parse_address
 from mist.kit.signals import fast_loop
 from mist.protocol.envelope import Envelope
@@ -163,19 +173,18 @@ class _ToStream:
     async def send_many(self, envelopes: Sequence[Envelope]) -> None:
         await self._publisher.publish_many(envelopes)
 
-    async def without_stored(self, envelopes: list[Envelope], since_ns: int) -> list[Envelope]:
-        """Those that are not in the stream yet, as far as it reaches back to `since_ns`: the ids of a redelivered request
+    async def stored(self, ids: set[str], since_ns: int) -> set[str]:
+        """Those of the ids that are in the stream, as far as it reaches back to `since_ns`: the ids of a redelivered request
         may have left the de-duplication window long ago, or been pushed out of it."""
-        wanted = {e.id for e in envelopes}
-        stored: set[str] = set()
+        found: set[str] = set()
         after = await self._stream.locate(since_ns) - 1
-        while wanted - stored:
+        while ids - found:
             page = await self._stream.read(after=after, limit=1000)
-            stored.update(wanted.intersection([r.id for r in page.records]))
+            found.update(ids.intersection([r.id for r in page.records]))
             after = page.scanned
             if after >= page.last:
                 break
-        return [e for e in envelopes if e.id not in stored]
+        return found
 
 
 class _FilePosition(Struct, frozen=True):
@@ -402,31 +411,61 @@ class _Run:
             self.served.failed += worker.stats.undecodable
 
     async def _deliveries(self, items: list[Delivered], sink: _Out | None, attempts_max: int) -> None:
-        """Store the outputs; then the worker acknowledges what is not settled here, or gives it back if this raises."""
-        outputs: list[Envelope] = []
-        again: list[Envelope] = []
-        oldest_ns = 0
-        outcomes = await self._handler.handle([item.envelope for item in items])
-        for item, outcome in zip(items, outcomes, strict=True):
-            error = outcome if isinstance(outcome, MistError) else self._unstorable(item, outcome, sink)
-            if error is not None:
-                self._settle(item, error, attempts_max)
-            elif sink is not None and not isinstance(outcome, MistError):
-                if item.attempt > 1:
-                    oldest_ns = min(oldest_ns or item.timestamp_ns, item.timestamp_ns)
-                    again += outcome
-                else:
-                    outputs += outcome
-        if again and isinstance(sink, _ToStream):
-            again = await sink.without_stored(again, oldest_ns)
-        if sink is not None and (outputs or again):
-            await sink.send_many([*again, *outputs])
-        self.served.requests += len(items)
-        self.served.outputs += len(outputs) + len(again)
+        """Store the outputs; then the worker acknowledges what is not settled here, or gives it back if this raises.
 
-    def _unstorable(self, item: Delivered, outcome: list[Envelope] | MistError, sink: _Out | None) -> MistError | None:
+        A handler with a last word is not called at the last attempt: that one is for the word, of requests whose attempts were
+        all cut off. The letter follows when the word is stored."""
+        speaks = self._handler.last_word is not None and sink is not None
+        most = attempts_max - 1 if speaks and attempts_max > 1 else attempts_max
+        called = [item for item in items if not most or item.attempt <= most]
+        outcomes = dict(zip(called, await self._handler.handle([item.envelope for item in called]), strict=True))
+        outputs: dict[Delivered, list[Envelope]] = {}
+        dead: dict[Delivered, MistError] = {}
+        for item in items:
+            outcome = outcomes[item] if item in outcomes else _cut_off(item)
+            error = outcome if isinstance(outcome, MistError) else self._unstorable(item, outcome, sink)
+            if error is None:
+                outputs[item] = outcome if sink is not None and not isinstance(outcome, MistError) else []
+            elif (error.retryable or isinstance(error, Internal)) and not (most and item.attempt >= most):
+                item.nak()
+            else:
+                dead[item] = error
+                words = self._handler.last_words(item.envelope, error) if speaks else []
+                unstorable = self._unstorable(item, words, sink)
+                outputs[item] = [] if unstorable is not None else words
+                if unstorable is not None:
+                    self._report(unstorable, item.envelope.id)
+        if isinstance(sink, _ToStream):
+            await self._without_stored(sink, outputs, dead)
+        wanted = [envelope for of_one in outputs.values() for envelope in of_one]
+        if sink is not None and wanted:
+            await sink.send_many(wanted)
+        for item, error in dead.items():
+            item.term(f"{error.code}: {error.message}")
+            self._failed(error, item.envelope.id)
+        self.served.requests += len(items)
+        self.served.outputs += len(wanted)
+
+    async def _without_stored(
+        self, sink: _ToStream, outputs: dict[Delivered, list[Envelope]], dead: dict[Delivered, MistError]
+    ) -> None:
+        """Leave out what was stored at an earlier attempt. A dead one whose own outputs are there is not dead."""
+        again = [item for item in outputs if item.attempt > 1 and outputs[item]]
+        if not again:
+            return
+        first = {item: output_id(self._handler.name, item.envelope, 0) for item in again if item in dead}
+        ids = {e.id for item in again for e in outputs[item]} | set(first.values())
+        stored = await sink.stored(ids, min(item.timestamp_ns for item in again))
+        for item in again:
+            if first.get(item) in stored:
+                del dead[item]
+                outputs[item] = []
+            else:
+                outputs[item] = [e for e in outputs[item] if e.id not in stored]
+
+    def _unstorable(self, item: Delivered, outcome: list[Envelope], sink: _Out | None) -> MistError | None:
         """Why these outputs can never be stored; one request must not hold up the others."""
-        if isinstance(outcome, MistError) or not outcome:
+        if not outcome:
             return None
         if sink is None:
             if item.envelope.type == HEALTH_PING:
@@ -441,13 +480,12 @@ class _Run:
             return exc
         return None
 
-    def _settle(self, item: Delivered, error: MistError, attempts_max: int) -> None:
-        worth_it = error.retryable or isinstance(error, Internal)
-        if worth_it and not (attempts_max and item.attempt >= attempts_max):
-            item.nak()
-            return
-        item.term(f"{error.code}: {error.message}")
-        self._failed(error, item.envelope.id)
+
+def _cut_off(item: Delivered) -> MistError:
+    """Why a request is dead that was handed out so often and never came to an end."""
+    return Unavailable(
+        f"{EXHAUSTED}: the {item.attempt - 1} before were cut off or failed", meta={"id": item.envelope.id}
+    )
 
 
 async def _open_out(stack: AsyncExitStack, out: str, broker: Broker | None) -> _Out:

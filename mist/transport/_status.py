@@ -70,12 +70,13 @@ def error_for(status: int, headers: Mapping[str, str], body: bytes, where: str) 
     if told is not None and isinstance(told.get("meta"), dict):
         meta = {str(k): str(v) for k, v in told["meta"].items()}
     meta["status"] = str(status)
+    hint = _HINTS.get(status, "") if told is None else meta.pop("hint", "")  # it knows better than we do
     message = f"{where}: answered {status}" + (f": {reason}" if reason else "")
     retryable: bool | None = None
     if cls is errors.TransportError:
         retryable = status >= 500
     return make_error(
-        cls, message, hint=_HINTS.get(status, ""), meta=meta, retryable=retryable,
+        cls, message, hint=hint, meta=meta, retryable=retryable,
         retry_after_s=retry_after(headers.get("retry-after", "")),
     )  # fmt: skip
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from conftest import run
 from tool import BAD, DONE, ITEM, item, outputs_of, tool
 
 import mist
 from mist.broker.base import Broker, ConsumerConfig, Message
+from mist.broker.deadletter import original
 from mist.client import Client, Handler, serve
 from mist.client.client import to_message
 from mist.client.serving import Served
@@ -366,6 +368,68 @@ def test_errors_over_a_broker_become_dead_letters(tmp_path: Path) -> None:
             assert any("ZeroDivisionError" in r for r in reasons)
             assert sorted(told) == ["item-1", "item-3", "item-4"]
             assert served.failed == 4
+
+    run(case())
+
+
+def test_a_last_word_is_stored_before_the_letter(tmp_path: Path) -> None:
+    """Once, whatever happened before: the attempts were used up, the last one was cut off, the word or the outputs were stored
+    by a worker that died then. A letter that is sent again gets its outputs."""
+    well: list[bool] = []
+    calls: dict[str, int] = {}
+
+    async def moody(request: Envelope) -> list[Envelope]:
+        calls[request.id] = calls.get(request.id, 0) + 1
+        n = request.decode(dict)["n"]
+        if n == 1 and not well:
+            raise Unavailable("not now")
+        if n == 2:
+            raise InvalidArgument("never")
+        return [Envelope.new(DONE, {"n": n, "part": 0}, source="moody")]
+
+    def sorry(request: Envelope, error: MistError) -> list[Envelope]:
+        if request.decode(dict)["n"] == 2:
+            raise ZeroDivisionError("a bug costs the word, and not the letter")
+        return [Envelope.new("test.sorry", {"error": error.message}, source="moody")]
+
+    handler = Handler("moody", moody, last_word=sorry)
+
+    async def case() -> None:
+        async with mist.connect(f"memory:{tmp_path.name}") as broker, Client(broker) as client:
+            stream, dead = [await broker.open(name) for name in ("in", "in--dead")]
+            await stream.append([to_message(item(n)) for n in range(3, 7)])
+            consumer = await stream.consumer("c", ConsumerConfig(attempts_max=2, ack_wait_s=0.05))
+            assert len(await consumer.fetch()) == 4  # a worker that dies with them
+            await stream.append([to_message(item(n)) for n in (1, 2)])
+            gone = Unavailable("attempts used up")
+            await client.publish("out", await handler(item(4)))  # that worker stored, and died before it acknowledged
+            await client.publish("out", handler.last_words(item(5), gone))  # so did one that had given up
+
+            async def work() -> None:
+                stop = asyncio.Event()
+                serving = asyncio.create_task(
+                    serve(handler, f"memory:{tmp_path.name}?stream=in&consumer=c", out="out", stop=stop, report=quiet)
+                )
+                await drained(broker, "in", "c", serving)
+                stop.set()
+                await serving
+
+            await work()
+            found = await outputs_in(broker, "out")
+            words = [(e.type, e.correlation_id) for e in found]
+            assert sorted(words) == [
+                *[("test.sorry", f"item-{n}") for n in (1, 3, 5, 6)], (DONE, "item-4"),
+            ]  # fmt: skip
+            assert (calls["item-1"], "item-3" in calls) == (1, False)  # the last attempt is for the word
+            letters = (await dead.read()).records
+            assert sorted(codec.decode(r.data).id for r in letters) == [f"item-{n}" for n in (1, 2, 3, 5, 6)]
+            assert len({e.id for e in found}) == len(found)
+
+            well.append(True)
+            (letter,) = [r for r in letters if codec.decode(r.data).id == "item-1"]
+            await stream.append([msgspec.structs.replace(original(letter), id="retry")])  # as `mist dlq retry` does
+            await work()
+            assert (DONE, "item-1") in [(e.type, e.correlation_id) for e in await outputs_in(broker, "out")]
 
     run(case())
 

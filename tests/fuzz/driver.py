@@ -29,6 +29,7 @@ FINDINGS_MAX = 20
 TARGETS = {
     "config": "tests.fuzz.config",
     "envelope": "tests.fuzz.envelope",
+    "http_answer": "tests.fuzz.http_answer",
     "lines": "tests.fuzz.lines",
     "msgpack": "tests.fuzz.msgpack",
     "nats_wire": "tests.fuzz.nats_wire",

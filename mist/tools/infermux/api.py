@@ -5,7 +5,7 @@
 | `POST /v1/chat/completions`, `/v1/completions` | OpenAI's; `stream` answers in server-sent events |
 | `POST /v1/embeddings`, `GET /v1/models`, `/v1/models/{id}` | OpenAI's |
 | `POST /infer`, `GET /providers` | the seed's |
-| `GET /_infermux/{health,status,providers,costs,costs/by-caller,costs/by-model,metrics}` | figures |
+| `GET /_infermux/{health,status,providers,costs,costs/by-caller,costs/by-model,costs/timeseries,metrics}` | figures |
 | `POST /_infermux/providers/{name}/circuit/{open,close,reset}` | with the management token |
 
 Promises: errors are OpenAI's JSON under `/v1/` and the flat error JSON elsewhere, with the status `openai_api.said` gives;
@@ -121,6 +121,7 @@ class Api:
             "/v1/embeddings": post("/v1/embeddings", self._embeddings, error_body),
             "/v1/models": get(self._models, error_body),
             "/v1/models/": get(self._model, error_body),
+            "/v1/": _nothing,
             "/infer": post("/infer", self._infer, flat_error),
             "/providers": get(self._providers, flat_error),
             "/_infermux/": self._management,
@@ -184,7 +185,7 @@ class Api:
         name = asked.path.removeprefix("/v1/models/")
         names = self._names()
         if name not in names:
-            raise NotFound(f"no model {name[:80]!r}", hint=f"known: {', '.join(names)}")
+            raise NotFound(f"no model {name[:80]!r}", hint=f"known: {', '.join(names)}", meta={"model": name[:80]})
         return 200, openai_api.model(name, names[name]), [_JSON]
 
     # ------------------------------------------------------------------ the seed's
@@ -467,6 +468,12 @@ def get(route: Route, form: Form) -> App:
         await _send(send, found, head=scope["method"] == "HEAD")
 
     return app
+
+
+async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """What of OpenAI's API is not here, said as a client of it can read."""
+    error = NotFound(f"nothing is served at {scope['path']}", hint="chat/completions, completions, embeddings, models")
+    await _send(send, (404, error_body(error), [_JSON, *blame(error)]), head=scope["method"] == "HEAD")
 
 
 async def _send(send: Send, found: Reply, *, head: bool = False) -> None:

@@ -1,8 +1,9 @@
 """The ledger's tables in one SQLite file, and what is done to them: reserve, settle, book. Synchronous; budgets.py has the thread.
 
-`reservations` holds what is under way, `costs` what was spent by day, caller and model, `totals` what each budget compares with its
-limit: for every key, team, project and everybody, by day, month and ever, what was spent and what is reserved. All three change
-in one transaction, so that a total is always the sum of the others; a budget that is made later knows what was before.
+`reservations` holds what is under way, `costs` what was spent by day, caller and model, `hours` all of it by the hour, `totals` what
+each budget compares with its limit: for every key, team, project and everybody, by day, month and ever, what was spent and what is
+reserved. All change in one transaction, so that a total is always the sum of the others; a budget that is made later knows what was
+before.
 
 Promises: a batch is one transaction, synced to the disk before `apply` returns; operations take effect in their order, so that no two can
 have the same dollar, in this process or in another. Amounts are whole billionths of a US dollar.
@@ -27,11 +28,12 @@ from mist.errors import InvalidArgument, Locked, MistError, Refused, StorageFull
 from mist.tools.infermux.chat import Caller
 from mist.tools.infermux.settings import BudgetSettings, Period
 
-VERSION = 1
+VERSION = 2
 BUSY_S = 10.0
 _CELLS_MAX = 50_000
 _NS = 1_000_000_000
-_DAY_NS = 86_400 * _NS
+_HOUR_NS = 3600 * _NS
+_DAY_NS = 24 * _HOUR_NS
 
 _TABLES = """\
 CREATE TABLE reservations (
@@ -44,11 +46,18 @@ CREATE TABLE costs (
   estimated INTEGER NOT NULL, PRIMARY KEY (day, key, team, project, env, provider, model)) WITHOUT ROWID;
 CREATE TABLE totals (
   kind TEXT, name TEXT, period TEXT, nano INTEGER NOT NULL, PRIMARY KEY (kind, name, period)) WITHOUT ROWID"""
-_ADD_COST = (
-    "INSERT INTO costs VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT DO UPDATE SET calls = calls + excluded.calls,"
-    " tokens_in = tokens_in + excluded.tokens_in, tokens_out = tokens_out + excluded.tokens_out, nano = nano + excluded.nano,"
-    " unknown = unknown + excluded.unknown, estimated = estimated + excluded.estimated"
+_HOURS = """\
+CREATE TABLE hours (
+  hour INTEGER PRIMARY KEY, calls INTEGER NOT NULL, tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL,
+  nano INTEGER NOT NULL, unknown INTEGER NOT NULL, estimated INTEGER NOT NULL)"""
+"""Since the schema 2; `hour` counts from 1970. A file of schema 1 gets it empty."""
+_MORE = (
+    " ON CONFLICT DO UPDATE SET calls = calls + excluded.calls, tokens_in = tokens_in + excluded.tokens_in,"
+    " tokens_out = tokens_out + excluded.tokens_out, nano = nano + excluded.nano, unknown = unknown + excluded.unknown,"
+    " estimated = estimated + excluded.estimated"
 )
+_ADD_COST = "INSERT INTO costs VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)" + _MORE
+_ADD_HOUR = "INSERT INTO hours VALUES (?,?,?,?,?,?,?)" + _MORE
 
 Cell = tuple[str, str, str]
 """(kind, name, period): ("team", "build", "2026-11")."""
@@ -150,6 +159,9 @@ class Books:
                     if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                         for statement in _TABLES.split(";"):
                             db.execute(statement)
+                        version = 1
+                    if version == 1:
+                        db.execute(_HOURS)
                         db.execute(f"PRAGMA user_version={VERSION}")
                         version = VERSION
                     db.execute("COMMIT")
@@ -241,6 +253,7 @@ class _Batch:
         self._new: dict[str, Reservation] = {}
         self._gone: set[str] = set()
         self._costs: defaultdict[tuple[str, ...], list[int]] = defaultdict(lambda: [0] * 6)
+        self._hours: defaultdict[int, list[int]] = defaultdict(lambda: [0] * 6)
 
     def run(self, operation: Operation) -> Outcome:
         if isinstance(operation, Reserve):
@@ -277,11 +290,11 @@ class _Batch:
         # in the period it was reserved in: what a budget granted stays in that budget
         self._add(reservation.caller, reservation.time_ns, cost - reservation.nano)
         if settled.entry is not None:
-            self._count(settled.entry, day_of(reservation.time_ns))
+            self._count(settled.entry, reservation.time_ns)
 
     def _book(self, entry: Entry) -> None:
         self._add(entry.caller, entry.time_ns, entry.nano or 0)
-        self._count(entry, day_of(entry.time_ns))
+        self._count(entry, entry.time_ns)
 
     def _add(self, caller: Caller, time_ns: int, nano: int) -> None:
         if not nano:
@@ -291,12 +304,14 @@ class _Batch:
             cells[cell] = self._books.cell(cell) + nano
             self._changed.add(cell)
 
-    def _count(self, entry: Entry, day: str) -> None:
+    def _count(self, entry: Entry, time_ns: int) -> None:
         who = entry.caller
-        row = self._costs[day, who.key, who.team, who.project, who.env, entry.provider, entry.model]
+        row = self._costs[day_of(time_ns), who.key, who.team, who.project, who.env, entry.provider, entry.model]
+        hour = self._hours[hour_of(time_ns)]
         new = (1, entry.tokens_in, entry.tokens_out, entry.nano or 0, entry.nano is None, entry.estimated)
         for at, number in enumerate(new):
             row[at] += number
+            hour[at] += number
 
     def write(self, db: sqlite3.Connection) -> None:
         if self._gone:
@@ -313,6 +328,7 @@ class _Batch:
             db.executemany("INSERT INTO totals VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET nano = excluded.nano", cells)
         if self._costs:
             db.executemany(_ADD_COST, [(*key, *row) for key, row in self._costs.items()])
+            db.executemany(_ADD_HOUR, [(hour, *row) for hour, row in self._hours.items()])
 
 
 def _reservation(row: Sequence[str | int]) -> Reservation:
@@ -322,6 +338,11 @@ def _reservation(row: Sequence[str | int]) -> Reservation:
         caller=Caller(key=str(key), team=str(team), project=str(project), env=str(env)),
         provider=str(provider), model=str(model), request=str(request), nano=int(nano),
     )  # fmt: skip
+
+
+def hour_of(time_ns: int) -> int:
+    """Counted from 1970."""
+    return time_ns // _HOUR_NS
 
 
 def day_of(time_ns: int) -> str:

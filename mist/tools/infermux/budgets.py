@@ -271,6 +271,21 @@ class Ledger:
             for row in rows if row[size] is not None
         ]  # fmt: skip
 
+    async def hours(self, first: int, last: int) -> dict[int, Line]:
+        """What was spent in these hours, counted from 1970; without those in which nothing was."""
+        rows = await in_thread(
+            lambda: self._books.fetch(
+                "SELECT hour, calls, tokens_in, tokens_out, nano, unknown, estimated FROM hours WHERE hour BETWEEN ? AND ?",
+                (first, last),
+            )
+        )
+        return {
+            row[0]: Line(
+                by={}, calls=row[1], tokens_in=row[2], tokens_out=row[3], nano=row[4], unknown=row[5], estimated=row[6]
+            )
+            for row in rows
+        }
+
     async def states(self, budgets: Sequence[BudgetSettings]) -> list[BudgetState]:
         """How far budgets are used in their current periods: for `*`, one for each name that has spent anything."""
         now = self._time_ns()

@@ -166,6 +166,8 @@ class Call:
                 )
         if not self._allowed and self._price(target) is None:
             return Obstacle("unpriced", "its price is unknown, and a budget refuses what it cannot price")
+        if lane.side.sick:
+            return Obstacle("sick", lane.side.sick, float(lane.side.settings.health_check.interval))
         if not lane.breaker.admits:
             wait = lane.breaker.retry_after_s
             if wait == math.inf:
@@ -646,7 +648,7 @@ class Call:
         after = wait if wait < math.inf else None
         if kinds & {"rate_limit", "cooling"}:
             return RateLimited(message, retry_after_s=after, meta={"reason": "rate_limit"})
-        if "open" in kinds:
+        if kinds & {"open", "sick"}:
             return CircuitOpen(message, retry_after_s=after)
         if self._skipped is not None:
             return self._skipped

@@ -1,7 +1,7 @@
 """One call, whatever door it came through: recorded as it begins, routed, recorded as it ends.
 
-Promises: every call that begins ends in the record, also when it fails or its caller leaves; the record never delays it
-(recorder.py). A call runs in its caller's trace, or begins one; what is asked of a provider carries the call's own span as
+Promises: every call that begins ends in the record, also when it fails or its caller leaves; the record never delays it: what is
+recorded is made in the next turn of the loop, when the question and the answer are out (recorder.py stores it). A call runs in its caller's trace, or begins one; what is asked of a provider carries the call's own span as
 `traceparent`.
 
 Does not: retry, choose or pay; that is the router's.
@@ -101,6 +101,7 @@ class Calls:
         self._clock = clock
         self._perf = perf
         self._since_ns = perf()
+        self._records: list[Callable[[], None]] = []
         self._minute: deque[list[int]] = deque(maxlen=60)
         """Of the last seconds with calls: [second, calls, failures]."""
         metrics = metrics or Metrics()
@@ -171,16 +172,33 @@ class Calls:
     def _begin(self, request: ChatRequest, recording: Recording, *, stream: bool) -> Call:
         call = Call(request, recording, self._clock(), self._perf(), stream)
         self.under_way += 1
-        if recording.request:
-            self.recorder.request(call.request, recording.asked)
-        if recording.started:
-            self.recorder.started(call.request, stream=stream)
+        if recording.request or recording.started:
+            self._later(lambda: self._record_begin(call))
         return call
+
+    def _record_begin(self, call: Call) -> None:
+        if call.recorded.request:
+            self.recorder.request(call.request, call.recorded.asked)
+        if call.recorded.started:
+            self.recorder.started(call.request, stream=call.stream)
+
+    def _later(self, record: Callable[[], None]) -> None:
+        """In the next turn of the loop, in order: whoever waits for the answer does not wait for this."""
+        self._records.append(record)
+        if len(self._records) == 1:
+            asyncio.get_running_loop().call_soon(self._record)
+
+    def _record(self) -> None:
+        records, self._records = self._records, []
+        for record in records:
+            try:
+                record()
+            except Exception:  # the call is answered, and the records behind this one are none of its business
+                self.recorder.failed()
 
     def _end(self, call: Call, way: Way | None, error: MistError | None) -> None:
         took_ns = self._perf() - call.began_ns
         end_ns = call.start_ns + took_ns
-        request, recorder = call.request, self.recorder
         self.under_way -= 1
         self.requests += 1
         second = end_ns // 1_000_000_000
@@ -188,12 +206,16 @@ class Calls:
             self._minute.append([second, 0, 0])
         self._minute[-1][1] += 1
         self._minute[-1][2] += error is not None
+        self._later(lambda: self._record_end(call, way, error, took_ns))
+
+    def _record_end(self, call: Call, way: Way | None, error: MistError | None, took_ns: int) -> None:
+        request, recorder = call.request, self.recorder
         if call.recorded.response:
             routed = way if isinstance(way, Routed) else None
             recorder.response(request, self._answer(request, routed, error, took_ns))
         span = span_of(
-            request, here=call.here, parent_id=call.parent_id, start_ns=call.start_ns, end_ns=end_ns, way=way, error=error,
-            ttft_ns=call.ttft_ns, stream=call.stream,
+            request, here=call.here, parent_id=call.parent_id, start_ns=call.start_ns, end_ns=call.start_ns + took_ns,
+            way=way, error=error, ttft_ns=call.ttft_ns, stream=call.stream,
         )  # fmt: skip
         recorder.span(request, span)
         provider = model = ""

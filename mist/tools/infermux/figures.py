@@ -4,6 +4,7 @@
     costs/by-caller       each key (or `X-Infermux-Caller`), with its budget of the month where it has one
     costs/caller/ID       one of them
     costs/by-model        each model of each provider
+    costs/timeseries      the last hours, in pieces that begin at whole multiples of their length (UTC), the present one included
 
 Promises: sums of billionths, exact; `unpriced` counts the calls whose cost nobody knows, which are in no sum, and `estimated` those
 that count with the most they may have cost.
@@ -16,9 +17,12 @@ import re
 from typing import Any
 
 from mist.errors import InvalidArgument, NotFound
+from mist.tools.infermux.books import hour_of
 from mist.tools.infermux.budgets import Ledger, Line
 from mist.tools.infermux.settings import NANO, InferMuxSettings
 
+HOURS_MAX = 31 * 24
+_BUCKET = re.compile(r"([1-9]\d{0,2})([hd])", re.ASCII)
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])", re.ASCII)
 
 
@@ -51,7 +55,31 @@ async def costs(ledger: Ledger, settings: InferMuxSettings, what: str, month: st
             if found["caller"] == name:
                 return {"period": month, **found}
         raise NotFound(f"caller {name[:80]!r} has spent nothing in {month}")
-    raise NotFound(f"no such figures: {what[:80]}", hint="costs, costs/by-caller, costs/caller/ID, costs/by-model")
+    raise NotFound(
+        f"no such figures: {what[:80]}",
+        hint="costs, costs/by-caller, costs/caller/ID, costs/by-model, costs/timeseries",
+    )
+
+
+async def timeseries(ledger: Ledger, hours: str, bucket: str, now_ns: int) -> dict[str, Any]:
+    """`hours` back from now, in pieces of `bucket`: `1h`, `6h`, `1d`. Raises InvalidArgument."""
+    count = int(hours) if hours.isascii() and hours.isdigit() and len(hours) < 6 else 0
+    if not 1 <= count <= HOURS_MAX:
+        raise InvalidArgument(f"hours={hours[:40]!r} is no number from 1 to {HOURS_MAX}")
+    found = _BUCKET.fullmatch(bucket)
+    width = int(found[1]) * (24 if found[2] == "d" else 1) if found is not None else 0
+    if not 1 <= width <= HOURS_MAX:
+        raise InvalidArgument(f"bucket={bucket[:40]!r} is no number of hours or days", hint="for example 1h, 6h, 1d")
+    await ledger.flush()
+    now = hour_of(now_ns)
+    first = (now - count + 1) // width * width
+    spent = await ledger.hours(first, now)
+    points = []
+    for start in range(first, now + 1, width):
+        lines = [spent[hour] for hour in range(start, start + width) if hour in spent]
+        began = datetime.datetime.fromtimestamp(start * 3600, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        points.append({"start": began, **_figures(lines)})
+    return {"hours": count, "bucket": bucket, "points": points}
 
 
 async def _callers(ledger: Ledger, settings: InferMuxSettings, month: str) -> list[dict[str, Any]]:
@@ -72,10 +100,12 @@ async def _callers(ledger: Ledger, settings: InferMuxSettings, month: str) -> li
 
 
 def _figures(lines: list[Line]) -> dict[str, Any]:
-    line = lines[0] if lines else Line(by={}, calls=0, tokens_in=0, tokens_out=0, nano=0, unknown=0, estimated=0)
+    """Of all of them together."""
     return {
-        "total_usd": line.usd, "requests": line.calls, "prompt_tokens": line.tokens_in,
-        "completion_tokens": line.tokens_out, "unpriced": line.unknown, "estimated": line.estimated,
+        "total_usd": sum(line.nano for line in lines) / NANO, "requests": sum(line.calls for line in lines),
+        "prompt_tokens": sum(line.tokens_in for line in lines),
+        "completion_tokens": sum(line.tokens_out for line in lines),
+        "unpriced": sum(line.unknown for line in lines), "estimated": sum(line.estimated for line in lines),
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ however often it is handled, with `correlation_id` naming the request and `reque
 (an unknown model, a refused parameter, a spent budget, a request that cannot be read) is answered too, by an `infer.response`
 with `error` and `error_code`: who asked is not left waiting, and the request is done. What may pass (a provider that is
 down, slow or busy, after the router's own retries and fallbacks) is given back and handled again later; a request that is
-out of attempts is a dead letter with its reason, and gets no answer.
+out of attempts is answered with its last failure, and then a dead letter with that reason.
 
 Does not: keep a call from being made twice. A process that dies after a provider answered and before the answer is stored
 asks that provider again; the stream still gets one answer.
@@ -20,7 +20,7 @@ import msgspec
 from mist.client.handler import Handler
 from mist.errors import Internal, MistError, Unavailable
 from mist.protocol.envelope import Envelope
-from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE
+from mist.protocol.payloads import INFER_REQUEST, INFER_RESPONSE, InferResponse
 from mist.tools.infermux.calls import Calls, Recording
 from mist.tools.infermux.chat import Caller, ChatRequest
 from mist.tools.infermux.envelopes import SOURCE, chat_request, error_payload, response_payload
@@ -34,7 +34,16 @@ def handler(calls: Calls, *, recording: Recording = Recording(response=False)) -
     async def one(request: Envelope) -> list[Envelope]:
         return [await answered(calls, request, recording, errors=True)]
 
-    return Handler(SOURCE, one, accepts=(INFER_REQUEST,))
+    return Handler(SOURCE, one, accepts=(INFER_REQUEST,), last_word=_given_up)
+
+
+def _given_up(asked: Envelope, error: MistError) -> list[Envelope]:
+    try:
+        request = chat_request(asked)
+    except MistError:  # it was dead for another reason; the answer says which
+        request = ChatRequest(model="", messages=())
+    cause = error.__cause__  # what `_later` made worth another attempt
+    return [_answer(asked, error_payload(request, cause if isinstance(cause, MistError) else error), asked.traceparent)]
 
 
 async def answered(
@@ -59,9 +68,13 @@ async def answered(
         payload = error_payload(request, exc)
     else:
         payload = response_payload(request, routed)
+    return _answer(asked, payload, request.traceparent)
+
+
+def _answer(asked: Envelope, payload: InferResponse, traceparent: str) -> Envelope:
     return Envelope.new(
         INFER_RESPONSE, payload, source=SOURCE, correlation_id=asked.id, causation_id=asked.id,
-        traceparent=request.traceparent, tenant=request.tenant,
+        traceparent=traceparent, tenant=asked.tenant,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ COOL_S_MAX = 3600.0
 class Obstacle(Struct, frozen=True):
     """Why a candidate is not asked. `wait_s`: in so long it may be, infinity = waiting does not help."""
 
-    kind: Literal["open", "cooling", "rate_limit", "unsupported", "context_window", "unpriced", "busy"]
+    kind: Literal["open", "sick", "cooling", "rate_limit", "unsupported", "context_window", "unpriced", "busy"]
     reason: str
     wait_s: float = math.inf
 
@@ -36,13 +36,15 @@ class Obstacle(Struct, frozen=True):
 class Side:
     """One provider: its adapter, and what all its models share."""
 
-    __slots__ = ("adapter", "in_flight", "limits", "settings", "slots", "timeout_s")
+    __slots__ = ("adapter", "in_flight", "limits", "settings", "sick", "slots", "timeout_s")
 
     def __init__(self, settings: ProviderSettings, adapter: Provider, queue_max: int) -> None:
         self.settings = settings
         self.adapter = adapter
         self.timeout_s = float(settings.timeout)
         self.in_flight = 0
+        self.sick = ""
+        """Why its health probe (probes.py) says that it is not to be asked."""
         limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
         self.limits = limits if limits else None
         self.slots = Slots(settings.concurrency_max, queue_max) if settings.concurrency_max else None

@@ -93,7 +93,11 @@ class Catalogue:
     def plan(self, asked: str, provider: str = "") -> Plan:
         """Who could answer. `provider`: this one and no other. Raises NotFound with the known names."""
         if provider and provider not in self._providers:
-            raise NotFound(f"no provider {provider[:64]!r}", hint=f"known: {', '.join(self._providers)}")
+            raise NotFound(
+                f"no provider {provider[:64]!r}",
+                hint=f"known: {', '.join(self._providers)}",
+                meta={"model": asked[:80]},
+            )
         name = self._unaliased(asked or AUTO)
         stages = [self._stage(name)]
         left_out: list[LeftOut] = []

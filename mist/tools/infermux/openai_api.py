@@ -394,7 +394,7 @@ def said(error: MistError) -> Said:
         kind, code = _KINDS[error.kind]
         return Said(error.http_status, kind, code, error.retryable or error.kind == "timeout")
     if isinstance(error, NotFound):
-        return Said(404, OURS, "model_not_found", False)
+        return Said(404, OURS, "model_not_found" if "model" in error.meta else error.code, False)
     if isinstance(error, RateLimited):
         code = error.meta.get("reason") or "rate_limit"
         return Said(429, OURS, code, code != "budget_exceeded")

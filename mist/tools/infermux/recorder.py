@@ -12,6 +12,7 @@ Does not: survive its process. Between a call and its record lie `LINGER_S` and 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from mist.protocol.version import CURRENT
 from mist.tools.infermux.chat import ChatRequest
 from mist.tools.infermux.envelopes import INFER_STARTED, SOURCE, InferStarted, request_payload
 from mist.tools.infermux.settings import Capture
+
+_log = logging.getLogger("mist.tools.infermux.recorder")
 
 VERSION = str(CURRENT)
 SPANS = subject_for(TRACE_SPAN, SOURCE)
@@ -62,7 +65,7 @@ _encode = msgspec.json.Encoder(order="deterministic").encode
 
 
 class Recorded(Struct, frozen=True):
-    """`dropped` counts by reason: `full` (no room), `closed`, `too_large`, `undelivered` (left at the end), or the code of the
+    """`dropped` counts by reason: `full` (no room), `closed`, `too_large`, `failed` (a bug), `undelivered` (left at the end), or the code of the
     error that the stream ended its patience with."""
 
     stored: int
@@ -128,6 +131,11 @@ class Recorder:
         if self._trace is not None:
             self._answer(self._trace, TRACE_SPAN, request, span, SPANS)
 
+    def failed(self) -> None:
+        """A record could not be made at all, for the exception that is being handled."""
+        _log.exception("a record could not be made")
+        self._drop("failed")
+
     def _answer(
         self, publisher: Publisher, type: str, request: ChatRequest, payload: Struct, subject: str = ""
     ) -> None:
@@ -169,6 +177,7 @@ class Recorder:
 
     async def aclose(self, drain_s: float = DRAIN_S) -> None:
         """Store what waits, `drain_s` at most; count what is left. Idempotent. Raises nothing."""
+        await asyncio.sleep(0)  # the records of calls that have just ended come in this turn
         self._closing = True
         before = self.dropped.total()
         await asyncio.gather(*[_drained(p, drain_s) for p in (self._infer, self._trace) if p is not None])

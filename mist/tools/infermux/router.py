@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from mist.errors import InvalidArgument, NotFound
@@ -221,13 +221,18 @@ class Router:
                     type=side.settings.type,
                     models=models,
                     in_flight=side.in_flight,
-                    healthy=not models or any(m.circuit != "open" and not m.cooling_s for m in models),
+                    healthy=not side.sick
+                    and (not models or any(m.circuit != "open" and not m.cooling_s for m in models)),
                     waiting=side.slots.waiting if side.slots is not None else 0,
                     requests_headroom=None if requests is None else max(0, requests.limit - requests.used(now)),
                     tokens_headroom=None if tokens is None else max(0, tokens.limit - tokens.used(now)),
                 )
             )
         return out
+
+    def sides(self) -> Iterable[Side]:
+        """Providers with what is kept of each, for probes.py."""
+        return self._sides.values()
 
     def breakers(self) -> list[Breaker]:
         """For kit/breaker.watch."""

@@ -24,7 +24,7 @@ from mist.tools.infermux.api import Api
 from mist.tools.infermux.budgets import Ledger
 from mist.tools.infermux.calls import ALL, Calls
 from mist.tools.infermux.chat import Caller
-from mist.tools.infermux.figures import costs, month_of
+from mist.tools.infermux.figures import costs, month_of, timeseries
 from mist.tools.infermux.handler import answered
 from mist.tools.infermux.keys import Keys
 from mist.tools.infermux.recorder import DRAIN_S, Recorder
@@ -100,10 +100,18 @@ class InferMux:
     async def _costs(self, path: str, query: bytes) -> Any:
         assert self._ledger is not None  # noqa: S101 - else the route is not there
         given = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+        if path == "costs/timeseries":
+            hours, bucket = given.pop("hours", "24"), given.pop("bucket", "1h")
+            self._no_more(given, "hours=24, bucket=1h")
+            return await timeseries(self._ledger, hours, bucket, self._clock())
         month = given.pop("period", "") or month_of(self._clock())
-        if given:
-            raise InvalidArgument(f"unknown parameter {next(iter(given))[:60]!r}", hint="period=YYYY-MM")
+        self._no_more(given, "period=YYYY-MM")
         return await costs(self._ledger, self.settings, path, month)
+
+    @staticmethod
+    def _no_more(given: Mapping[str, str], known: str) -> None:
+        if given:
+            raise InvalidArgument(f"unknown parameter {next(iter(given))[:60]!r}", hint=known)
 
     def circuits(self) -> dict[tuple[str, ...], float]:
         return {

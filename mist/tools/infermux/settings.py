@@ -48,6 +48,18 @@ def _check_unique(names: Iterable[str], at: str) -> None:
         seen.add(name)
 
 
+class HealthCheckSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `health_check` of a provider: where it is written, the provider is probed."""
+
+    interval: Duration = Duration("60s")
+    timeout: Duration = Duration("10s")
+    disabled: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "timeout"):
+            _check(getattr(self, name) > 0, f"infermux.providers: health_check.{name} is not above 0")
+
+
 class ProviderSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One provider. 0 is no limit; an empty `models` is "whatever it is asked for"."""
 
@@ -87,6 +99,7 @@ class ProviderSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """`command`: what stands on its standard input."""
     delay: Duration = Duration("0")
     """`echo`: how long it takes."""
+    health_check: HealthCheckSettings = HealthCheckSettings(disabled=True)
 
     def __post_init__(self) -> None:
         at = f"infermux.providers {self.name[:64]!r}"
@@ -108,11 +121,16 @@ class ProviderSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
         _check(self.type != "replay" or bool(self.recordings), f"{at}: recordings is missing")
         _check(self.type != "command" or bool(self.argv), f"{at}: argv is missing")
+        _check(bool(self.models) or not self.probed, f"{at}: health_check asks its first model, and `models` is empty")
         for name, size in self.context_tokens.items():
             _check(size > 0, f"{at}: context_tokens.{name} = {size} is not above 0")
         if self.models:
             for alias, model in self.aliases.items():
                 _check(model in self.models, f"{at}: aliases.{alias} = {model!r} is none of its models")
+
+    @property
+    def probed(self) -> bool:
+        return not self.health_check.disabled
 
     @property
     def key_variable(self) -> str:

@@ -156,7 +156,7 @@ FAILURES: list[tuple[MistError, str, int, str, str]] = [
     (ProviderError("content_policy", "x"), "BadRequestError", 400, "content_filter", ""),
     (ProviderError("invalid", "x"), "BadRequestError", 400, "invalid_request", ""),
     (ProviderError("unsupported", "x"), "BadRequestError", 400, "unsupported_parameter", ""),
-    (NotFound("no model x"), "NotFoundError", 404, "model_not_found", ""),
+    (NotFound("no model x", meta={"model": "x"}), "NotFoundError", 404, "model_not_found", ""),
     (CircuitOpen("none", retry_after_s=20.0), "InternalServerError", 503, "no_healthy_providers", "20"),
     (RateLimited("x", meta={"reason": "budget_exceeded"}, retry_after_s=5.0), "RateLimitError", 429, "budget_exceeded", "5"),
 ]  # fmt: skip

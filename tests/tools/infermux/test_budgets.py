@@ -21,6 +21,7 @@ from mist.tools.infermux import budgets as budgets_module
 from mist.tools.infermux.books import Books, Entry, Reservation, Reserve, Settle, cells_of, ends_in_s, period_of
 from mist.tools.infermux.budgets import ORPHAN_S, Ledger, dollars
 from mist.tools.infermux.chat import Caller
+from mist.tools.infermux.figures import timeseries
 from mist.tools.infermux.settings import BudgetSettings
 
 ANN = Caller(key="ann", team="red", project="x")
@@ -63,6 +64,10 @@ def check_sums(path: Path) -> None:
             f" strftime('%Y-%m-%d', time_ns / 1000000000, 'unixepoch') LIKE '{period}%'"
         ).fetchone()[0]
         assert nano == spent + held, (kind, name, period)
+    by_day, by_hour = [
+        db.execute(f"SELECT sum(calls), sum(nano) FROM {name}").fetchone() for name in ("costs", "hours")
+    ]
+    assert by_day == by_hour
     db.close()
 
 
@@ -491,6 +496,29 @@ def test_what_is_no_ledger(tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match=name):
             run(Ledger.open(tmp_path / name))
     assert budgets_module.FLUSH_S > 0
+
+
+def test_a_ledger_without_hours_gets_them(tmp_path: Path) -> None:
+    async def body() -> None:
+        path = tmp_path / "l.db"
+        await (await Ledger.open(path, time_ns=Clock())).aclose()
+        with sqlite3.connect(path) as db:
+            db.execute("DROP TABLE hours")
+            db.execute("PRAGMA user_version=1")
+        clock = Clock()
+        ledger = await Ledger.open(path, time_ns=clock)
+        for hours, nano in ((0, 3), (1, 4), (5, 5)):
+            ledger.book(
+                Entry(time_ns=NOON_NS + hours * 3600 * 10**9, caller=ANN, provider="p", model="m", nano=nano * CENT)
+            )
+        found = await timeseries(ledger, "7", "2h", NOON_NS + 6 * 3600 * 10**9)
+        assert [(p["start"][11:16], p["total_usd"], p["requests"]) for p in found["points"]] == [
+            ("12:00", 0.07, 2), ("14:00", 0.0, 0), ("16:00", 0.05, 1), ("18:00", 0.0, 0),
+        ]  # fmt: skip
+        await ledger.aclose()
+        check_sums(path)
+
+    run(body())
 
 
 def test_recorded_answers_settle_what_a_dead_process_had_reserved(tmp_path: Path) -> None:

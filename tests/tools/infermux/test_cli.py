@@ -21,6 +21,7 @@ from conftest import run
 import mist
 from mist.cli import infermux
 from mist.client import Client
+from mist.errors import NotFound
 from mist.kit.server import AppServer, Site
 from mist.protocol.codec import decode, encode
 from mist.protocol.envelope import Envelope
@@ -129,12 +130,17 @@ def test_through_a_router_that_runs(shell: Shell) -> None:
         assert (streamed["content"], streamed["tokens_in"], streamed["provider"]) == ("one two three", 6, "fake")
         fake.error = ProviderError("rate_limited", "slow down", retry_after_s=3)
         assert shell("infer", "chat", "hi", "--server", url).code == 11
+        fake.error = NotFound("no model 'x'", hint="known: m", meta={"model": "x"})
+        unknown = shell("infer", "chat", "hi", "--server", url)
+        assert (unknown.code, unknown.err.strip()) == (3, f"error: {url}: answered 404: no model 'x'. known: m")
+        fake.error = ProviderError("rate_limited", "slow down", retry_after_s=3)
         refused = shell("infer", "chat", "hi", "--server", url, "--stream")
         assert refused.code == 11
         assert "slow down" in refused.err
         assert [p["name"] for p in shell("infer", "providers", "--server", url, "-j").json] == ["fake"]
         assert shell("infer", "status", "--server", url, "-j").json["providers_total"] == 1
     assert shell("infer", "chat", "hi", "--server", url).code == 7
+    assert shell("infer", "status", "--server", "ftp://there").code == 2
 
 
 def test_a_tool_call_is_said(shell: Shell) -> None:

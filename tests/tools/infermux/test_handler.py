@@ -125,7 +125,7 @@ async def served(broker: Broker, router: FakeRouter, until: int, **options: Any)
 
 def test_over_a_stream(tmp_path: Path) -> None:
     """Each question one answer; the stream of answers holds the questions too and is complete in itself; a question that
-    nobody can answer for now ends as a dead letter, and the others do not wait for it."""
+    nobody can answer for now is answered so and ends as a dead letter, and the others do not wait for it."""
 
     async def main() -> None:
         router = FakeRouter()
@@ -141,12 +141,13 @@ def test_over_a_stream(tmp_path: Path) -> None:
         async with mist.connect("memory:questions") as broker:
             questions = [asked(t, id=f"q-{t}") for t in ("a", "down", "bad", "b")]
             await Client(broker).publish("questions", questions)
-            found = await served(broker, router, 3, concurrency=4)
+            found = await served(broker, router, 4, concurrency=4)
             answers = {e.correlation_id: e.decode(InferResponse) for e in found if e.type == "infer.response"}
             assert {k: v.content or v.error_code for k, v in answers.items()} == {
                 "q-a": "A",
                 "q-bad": "invalid",
                 "q-b": "B",
+                "q-down": "server",  # and then a dead letter
             }
             assert {e.id for e in found if e.type == "infer.request"} == {q.id for q in questions}
             dead = await (await broker.open("questions--dead")).read()

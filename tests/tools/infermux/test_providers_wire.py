@@ -16,11 +16,11 @@ import pytest
 from conftest import missing, run
 
 from mist.errors import InvalidArgument
+from mist.kit.http1_client import Pool
 from mist.testing.providers import Answer, FaultName, Providers, run_providers
 from mist.tools.infermux.chat import ChatMessage, ChatRequest, Chunk, Reply, Usage
 from mist.tools.infermux.failures import ProviderError
 from mist.tools.infermux.providers.anthropic import Anthropic
-from mist.tools.infermux.providers.http import Pool
 from mist.tools.infermux.providers.openai import OpenAI
 
 NOW = datetime(2026, 11, 25, 12, 0, 0, tzinfo=UTC)
@@ -294,10 +294,33 @@ def test_a_key_is_in_no_error(there: Providers) -> None:
         with pytest.raises(InvalidArgument) as found:
             make(there, OpenAI, **fields)
         assert "sk-bad" not in str(found.value)
-    for base_url in ("http://user:sk-bad@host/v1", "ftp://host", "nonsense", "http://host/v1?api_key=sk-bad"):
+    for base_url in (
+        "http://user:sk-bad@host/v1",
+        "ftp://host",
+        "nonsense",
+        "http://host/v1?api_key=sk-bad",
+        "http://host:sk-bad/v1",
+    ):
         with pytest.raises(InvalidArgument) as found:
             make(there, OpenAI, base_url=base_url)
         assert "sk-bad" not in str(found.value)
+
+
+def test_where_a_base_url_leads(there: Providers) -> None:
+    """Path and query are kept, what is no ASCII is written as a URL writes it; what would end a line is refused."""
+    for base, path, query, host in (
+        ("https://here/v1/", "/v1", "", "here"), ("http://[::1]:8080", "", "", "[::1]:8080"),
+        ("http://here:80/a%20b?api-version=1", "/a%20b", "?api-version=1", "here"),
+        ("https://bücher.example/ü", "/%C3%BC", "", "xn--bcher-kva.example"),
+    ):  # fmt: skip
+        http = make(there, OpenAI, base_url=base)._http
+        assert (http._path, http._query) == (path, query)
+        assert f"host: {host}\r\n" in http._headers
+    for wrong in ("http://here/a\r\nx: y", "http://here/a b", "http://", "http://here:0", "http://here:99999"):
+        with pytest.raises(InvalidArgument):
+            make(there, OpenAI, base_url=wrong)
+    with pytest.raises(InvalidArgument, match="connection's own"):
+        make(there, OpenAI, headers={"Content-Length": "3"})
 
 
 # connections

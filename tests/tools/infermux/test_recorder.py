@@ -205,6 +205,7 @@ def test_a_sink_that_never_returns_costs_records_and_no_call() -> None:
         calls = Calls(FakeRouter(), recorder)
         for _ in range(50):
             await calls.complete(ASKED)
+        await asyncio.sleep(0)  # a record is made when its call is over
         assert appended  # it did hang there all the time
         assert recorder.stats.pending == 20
         assert recorder.stats.dropped == {"full": 50 * 4 - 20}
@@ -215,7 +216,35 @@ def test_a_sink_that_never_returns_costs_records_and_no_call() -> None:
             "20 records could not be stored within 0.01 s and are lost",
         ]  # fmt: skip
         await calls.complete(ASKED)
+        await asyncio.sleep(0)
         assert recorder.stats.dropped["closed"] == 4
+
+    run(main())
+
+
+def test_a_record_is_made_after_its_answer_and_one_that_cannot_be_costs_itself() -> None:
+    """An answer does not wait for it; one that fails is counted and logged, and those behind it are made."""
+
+    async def main() -> None:
+        infer, trace = await sinks()
+        recorder = Recorder(infer, trace, linger_s=0.0)
+        calls = Calls(FakeRouter(), recorder)
+        span = recorder.span
+        tried: list[str] = []
+
+        def fails(request: Any, found: Any) -> None:
+            tried.append(request.id)
+            raise ZeroDivisionError("a bug")
+
+        recorder.span = fails  # type: ignore[method-assign]
+        await calls.complete(ASKED)
+        assert tried == []
+        await asyncio.sleep(0)
+        assert len(tried) == 1
+        recorder.span = span  # type: ignore[method-assign]
+        await calls.complete(ASKED)
+        await recorder.aclose()
+        assert (recorder.stats.stored, recorder.stats.dropped) == (3 + 4, {"failed": 1})
 
     run(main())
 
@@ -227,6 +256,7 @@ def test_what_waits_is_bounded_in_bytes() -> None:
         calls = Calls(FakeRouter(), recorder)
         for _ in range(10):
             await calls.complete(ASKED)
+        await asyncio.sleep(0)
         assert 0 < recorder.stats.pending < 30
         assert recorder.stats.dropped["full"] == 30 - recorder.stats.pending
         await recorder.aclose()

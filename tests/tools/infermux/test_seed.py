@@ -215,6 +215,24 @@ def test_management(tmp_path: Path) -> None:
             assert (await http.get("/_infermux/costs/by-model?period=2001-01")).json()["models"] == []
             assert [m["model"] for m in (await http.get("/_infermux/costs/by-model")).json()["models"]] == ["echo"]
             assert (await http.get("/_infermux/costs?period=today")).status_code == 400
+            series = (await http.get("/_infermux/costs/timeseries?hours=3")).json()
+            assert (series["hours"], series["bucket"], len(series["points"])) == (3, "1h", 3)
+            assert sum(point["total_usd"] for point in series["points"]) == 0.00013
+            for wrong in (
+                "hours=0",
+                "hours=-1",
+                "hours=99999",
+                "hours=x",
+                "bucket=0h",
+                "bucket=1w",
+                "bucket=",
+                "period=1",
+            ):
+                assert (await http.get(f"/_infermux/costs/timeseries?{wrong}")).status_code == 400, wrong
+            nowhere = await http.get("/v1/files")
+            assert (nowhere.status_code, nowhere.json()["error"]["code"]) == (404, "not_found")
+            unknown = await http.post("/_infermux/providers/none/circuit/open")
+            assert (unknown.status_code, unknown.headers["x-infermux-error"]) == (404, "not_found")
 
             opened = await http.post("/_infermux/providers/echo/circuit/open")
             assert opened.json()[0]["models"][0]["circuit"] == "open"

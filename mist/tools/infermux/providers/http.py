@@ -1,84 +1,45 @@
 """How adapters ask over HTTP: one pool of connections that are kept, everything bounded, every failure a ProviderError.
 
 Promises
-- One try. No redirects, no proxies or credentials out of the environment, no cookies; TLS certificates are verified.
+- One try; a kept connection that the provider had closed is none, a new one is made then. No redirects, no proxies or credentials
+  out of the environment, no cookies; TLS certificates are verified.
 - Bounded: the time to connect, the time of the answer, the bytes of a body, of an event and of a whole stream.
 - A call that is cancelled or left half read closes its connection; one that was read to its end hands it back.
 - No error and no log line holds a key: neither ours nor one that a provider repeats.
 
-Needs aiohttp (extra `infer`), looked for when the pool is made. A pool belongs to one event loop.
+The connections are those of mist/kit/http1_client.py (httptools, extra `infer`), looked for when the pool is made. A pool belongs to
+one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import quote, urlsplit
 
-from mist.errors import InvalidArgument, TooLarge
+from mist.errors import InvalidArgument, ProtocolError, TimedOut, TooLarge, Unavailable
+from mist.kit.http1_client import CONNECT_TIMEOUT_S, Origin, Pool, Response
 from mist.protocol.url import redact
 from mist.tools.infermux.failures import Kind, ProviderError
 from mist.tools.infermux.providers.refusals import asked_to_wait_s, error_of, kind_of, reason_of, said_by
 from mist.tools.infermux.providers.sse import EVENT_BYTES_MAX, Event, Parser
 
-if TYPE_CHECKING:
-    import aiohttp
-
-CONNECT_TIMEOUT_S = 10.0
-CONNECTIONS_MAX = 1024
-KEEPALIVE_S = 60.0
 BODY_BYTES_MAX = 64 * 1024 * 1024
 ERROR_BYTES_MAX = 64 * 1024
 DRAIN_S = 0.25
 """How long the end of a stream that said its last word is waited for, to keep its connection."""
-_LARGE = 1024 * 1024
+_PATH = "/:@!$&'()*+,;=-._~%"
+_OURS = frozenset({"connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
 _SECRET_CHARS_MIN = 6
 """Shorter values are not taken out of texts: they are no keys, and stand in many words."""
 
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
-
-
-class Pool:
-    """The connections of one or more providers."""
-
-    def __init__(
-        self,
-        *,
-        connections_max: int = CONNECTIONS_MAX,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        keepalive_s: float = KEEPALIVE_S,
-    ) -> None:
-        self.aiohttp = _aiohttp()
-        self._connections_max = connections_max
-        self._keepalive_s = keepalive_s
-        self._timeout = self.aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
-        self._session: aiohttp.ClientSession | None = None
-
-    @property
-    def session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            http = self.aiohttp
-            self._session = http.ClientSession(
-                connector=http.TCPConnector(
-                    limit=self._connections_max, keepalive_timeout=self._keepalive_s, ttl_dns_cache=60
-                ),
-                timeout=self._timeout,
-                cookie_jar=http.DummyCookieJar(),
-                trust_env=False,
-                auto_decompress=False,  # nothing compressed is asked for: a small body stays a small body
-                skip_auto_headers=("accept", "accept-encoding", "user-agent"),
-            )
-        return self._session
-
-    async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
 
 
 class Http:
@@ -102,59 +63,56 @@ class Http:
         self._provider = provider
         self._own = pool is None
         self._pool = pool or Pool(connect_timeout_s=connect_timeout_s)
-        self._base = _checked_url(provider, base_url)
-        self._headers = {
-            "user-agent": "mist-infermux", "accept-encoding": "identity", **_checked_headers(provider, headers),
-            "content-type": "application/json",
+        self._origin, self._path, self._query = _checked_url(provider, base_url)
+        common = {
+            "host": _host_of(self._origin), "user-agent": "mist-infermux", "accept-encoding": "identity",
+            **_checked_headers(provider, headers), "content-type": "application/json",
         }  # fmt: skip
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in common.items())
         hidden = {*headers.values(), *secrets}
         self._hidden = sorted((s for s in hidden if len(s) >= _SECRET_CHARS_MIN), key=len, reverse=True)
         self._now = now
         self._body_bytes_max = body_bytes_max
         self._event_bytes_max = event_bytes_max
-        self._urls: dict[str, Any] = {}
+        self._heads: dict[str, bytes] = {}
 
     async def post(self, path: str, body: bytes, *, timeout_s: float) -> bytes:
         """The body of a 200."""
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._send(path, body)
-                try:
-                    if response.status != 200:
-                        raise await self._refused(response)
-                    return await self._body(response, self._body_bytes_max)
-                finally:
-                    response.release()
-        except TimeoutError as exc:
+            response = await self._send(path, body, deadline_s)
+            try:
+                if response.status != 200:
+                    raise await self._refused(response, deadline_s)
+                return await self._body(response, self._body_bytes_max, deadline_s)
+            finally:
+                response.release()
+        except TimedOut as exc:
             raise self.error("timeout", f"no answer within {timeout_s:g} s") from exc
 
     @asynccontextmanager
     async def stream(self, path: str, body: bytes, *, timeout_s: float) -> AsyncIterator[Events]:
         """The events of a 200. Raises before it gives any whatever the head of the answer says."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout_at(deadline):
-                response = await self._send(path, body)
-                try:
-                    if response.status != 200:
-                        raise await self._refused(response)
-                    if response.content_type == "application/json":
-                        raise await self._no_stream(response)
-                    self._check_plain(response)
-                except BaseException:
-                    response.close()
-                    raise
-        except TimeoutError as exc:
+            response = await self._send(path, body, deadline_s)
+            try:
+                if response.status != 200:
+                    raise await self._refused(response, deadline_s)
+                if response.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+                    raise await self._no_stream(response, deadline_s)
+                self._check_plain(response)
+            except BaseException:
+                response.close()
+                raise
+        except TimedOut as exc:
             raise self.error("timeout", f"no answer within {timeout_s:g} s") from exc
-        events = Events(self, response, timeout_s, deadline)
+        events = Events(self, response, timeout_s, deadline_s)
         try:
             yield events
-        except BaseException:
-            response.close()
-            raise
-        if not response.content.is_eof():
             await events.drain()
+        finally:
+            response.release()
 
     def error(
         self,
@@ -180,46 +138,47 @@ class Http:
         if self._own:
             await self._pool.aclose()
 
-    async def _send(self, path: str, body: bytes) -> aiohttp.ClientResponse:
-        url = self._urls.get(path)
-        if url is None:
-            base = self._base
-            url = self._urls[path] = base.with_path(base.path.rstrip("/") + path, keep_query=True)
-        with self._translated("connection", "cannot be reached"):
-            return await self._pool.session.post(
-                url,
-                data=body if len(body) <= _LARGE else io.BytesIO(body),
-                headers=self._headers,
-                allow_redirects=False,
+    async def _send(self, path: str, body: bytes, deadline_s: float) -> Response:
+        head = self._heads.get(path)
+        if head is None:
+            target = f"POST {self._path}{path}{self._query} HTTP/1.1\r\n{self._headers}content-length: "
+            head = self._heads[path] = target.encode("ascii")
+        try:
+            return await self._pool.post(
+                self._origin, b"%b%d\r\n\r\n" % (head, len(body)), body, deadline_s=deadline_s, repeatable=True
             )
+        except Unavailable as exc:
+            raise self.error("connection", f"cannot be reached: {exc.message}") from exc
+        except (ProtocolError, TooLarge) as exc:
+            raise self.error("bad_answer", exc.message) from exc
 
-    async def _body(self, response: aiohttp.ClientResponse, bytes_max: int, *, cut: bool = False) -> bytes:
+    async def _read(self, response: Response, deadline_s: float) -> bytes:
+        try:
+            return await response.read(deadline_s)
+        except (ProtocolError, TooLarge, Unavailable) as exc:
+            raise self.error("bad_answer", exc.message) from exc
+
+    async def _body(self, response: Response, bytes_max: int, deadline_s: float, *, cut: bool = False) -> bytes:
         """All of it, or with `cut` what fits."""
         self._check_plain(response)
-        content = response.content
         parts: list[bytes] = []
         size = 0
-        with self._translated("bad_answer", "the answer broke off"):
-            while not content.at_eof():
-                part = await content.readany()
-                parts.append(part)
-                size += len(part)
-                if size > bytes_max:
-                    if cut:
-                        response.close()
-                        return b"".join(parts)[:bytes_max]
-                    response.close()
-                    raise self.error(
-                        "bad_answer", f"the answer is larger than {bytes_max} bytes", status=response.status
-                    )
+        while part := await self._read(response, deadline_s):
+            parts.append(part)
+            size += len(part)
+            if size > bytes_max:
+                response.close()
+                if cut:
+                    return b"".join(parts)[:bytes_max]
+                raise self.error("bad_answer", f"the answer is larger than {bytes_max} bytes", status=response.status)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _check_plain(self, response: aiohttp.ClientResponse) -> None:
+    def _check_plain(self, response: Response) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
             what = "answered with a compressed body, which nobody asked for"
             raise self.error("bad_answer", what, status=response.status)
 
-    async def _refused(self, response: aiohttp.ClientResponse) -> ProviderError:
+    async def _refused(self, response: Response, deadline_s: float) -> ProviderError:
         status, headers = response.status, response.headers
         if 300 <= status < 400:
             where = redact(headers.get("location", ""))
@@ -228,7 +187,7 @@ class Http:
                 hint="redirects are not followed; is base_url right?",
             )  # fmt: skip
         try:
-            error = said_by(await self._body(response, ERROR_BYTES_MAX, cut=True))
+            error = said_by(await self._body(response, ERROR_BYTES_MAX, deadline_s, cut=True))
         except ProviderError:
             error = {}  # the status says enough
         reason = reason_of(error)
@@ -237,28 +196,12 @@ class Http:
             retry_after_s=asked_to_wait_s(headers, self._now()),
         )  # fmt: skip
 
-    async def _no_stream(self, response: aiohttp.ClientResponse) -> ProviderError:
+    async def _no_stream(self, response: Response, deadline_s: float) -> ProviderError:
         """Some servers refuse with status 200."""
-        error = error_of(await self._body(response, ERROR_BYTES_MAX, cut=True))
+        error = error_of(await self._body(response, ERROR_BYTES_MAX, deadline_s, cut=True))
         if error is not None:
             return self.told(error, status=response.status)
         return self.error("bad_answer", "answered a stream with a JSON document", status=response.status)
-
-    @contextlib.contextmanager
-    def _translated(self, kind: Kind, what: str) -> Iterator[None]:
-        http = self._pool.aiohttp
-        try:
-            yield
-        except http.ConnectionTimeoutError as exc:
-            raise self.error("connection", "cannot be reached: no connection in time") from exc
-        except TimeoutError:
-            raise
-        except http.ClientConnectorError as exc:
-            raise self.error("connection", f"cannot be reached: {exc.os_error or exc}") from exc
-        except (http.ClientPayloadError, http.ClientResponseError) as exc:
-            raise self.error("bad_answer", f"the answer is no proper HTTP: {type(exc).__name__}") from exc
-        except (http.ClientError, OSError) as exc:
-            raise self.error(kind, f"{what}: {type(exc).__name__}: {exc}") from exc
 
     def _clean(self, text: str) -> str:
         for secret in self._hidden:
@@ -269,7 +212,7 @@ class Http:
 class Events:
     """The events of an answer under way."""
 
-    def __init__(self, http: Http, response: aiohttp.ClientResponse, timeout_s: float, deadline: float) -> None:
+    def __init__(self, http: Http, response: Response, timeout_s: float, deadline: float) -> None:
         self._http = http
         self._response = response
         self._parser = Parser(http._event_bytes_max)
@@ -283,10 +226,8 @@ class Events:
     async def read(self) -> list[Event] | None:
         """The next events, maybe none; None at the end of the answer. The time limit goes on over reads."""
         try:
-            async with asyncio.timeout_at(self._deadline):
-                with self._http._translated("bad_answer", "the answer broke off"):
-                    data = await self._response.content.readany()
-        except TimeoutError as exc:
+            data = await self._http._read(self._response, self._deadline)
+        except TimedOut as exc:
             what = "nothing more came" if self.begun else "nothing came"
             raise self._http.error("timeout", f"{what} within {self._timeout_s:g} s", begun=self.begun) from exc
         except ProviderError as exc:
@@ -310,31 +251,44 @@ class Events:
 
     async def drain(self) -> None:
         """The last word was said; what follows is the end of the body, mostly there already."""
-        try:
-            async with asyncio.timeout(DRAIN_S):
-                while await self._response.content.readany():
-                    pass
-        except (TimeoutError, self._http._pool.aiohttp.ClientError, OSError):
-            self._response.close()  # nothing is lost but the connection
+        deadline_s = self._loop.time() + DRAIN_S
+        with contextlib.suppress(TimedOut, ProviderError):  # nothing is lost but the connection
+            while not self._response.complete and await self._http._read(self._response, deadline_s):
+                pass
 
 
-def _checked_url(provider: str, base_url: str) -> Any:
-    from yarl import URL
-
+def _checked_url(provider: str, base_url: str) -> tuple[Origin, str, str]:
+    """Where to, the path, and the query with its question mark."""
+    shown = redact(base_url)
     try:
-        url = URL(base_url)
-    except ValueError as exc:
-        raise InvalidArgument(f"provider {provider}: base_url={redact(base_url)!r} is no URL: {exc}") from exc
-    if url.scheme not in ("http", "https") or not url.host:
+        parts = urlsplit(base_url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise InvalidArgument(f"provider {provider}: base_url is no URL") from None  # either may say a password
+    if parts.scheme not in ("http", "https") or not host or port == 0:
         raise InvalidArgument(
-            f"provider {provider}: base_url={redact(base_url)!r} is no http URL",
-            hint="for example http://127.0.0.1:11434/v1",
+            f"provider {provider}: base_url={shown!r} is no http URL", hint="for example http://127.0.0.1:11434/v1"
         )
-    if url.user or url.password or redact(base_url) != base_url:
+    if parts.username is not None or parts.password is not None or shown != base_url:
         raise InvalidArgument(
             f"provider {provider}: base_url holds credentials", hint="api_key and headers are for these"
         )
-    return url
+    if not base_url.isprintable() or " " in base_url:
+        raise InvalidArgument(f"provider {provider}: base_url={shown!r} holds what no URL may hold")
+    if not host.isascii():
+        try:
+            host = host.encode("idna").decode("ascii")
+        except UnicodeError as exc:
+            raise InvalidArgument(f"provider {provider}: base_url={shown!r} names no host: {exc}") from exc
+    tls = parts.scheme == "https"
+    path = quote(parts.path.rstrip("/"), safe=_PATH)
+    query = f"?{quote(parts.query, safe=_PATH + '?')}" if parts.query else ""
+    return Origin(host, port or (443 if tls else 80), tls), path, query
+
+
+def _host_of(origin: Origin) -> str:
+    host = f"[{origin.host}]" if ":" in origin.host else origin.host
+    return host if origin.port == (443 if origin.tls else 80) else f"{host}:{origin.port}"
 
 
 def _checked_headers(provider: str, headers: Mapping[str, str]) -> dict[str, str]:
@@ -343,15 +297,6 @@ def _checked_headers(provider: str, headers: Mapping[str, str]) -> dict[str, str
             raise InvalidArgument(f"provider {provider}: the value of the header {name} holds what no header may hold")
         if not name or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
             raise InvalidArgument(f"provider {provider}: {name!r} is no name of a header")
+        if name.lower() in _OURS:
+            raise InvalidArgument(f"provider {provider}: the header {name} is the connection's own")
     return {name.lower(): value for name, value in headers.items()}
-
-
-def _aiohttp() -> Any:
-    try:
-        import aiohttp
-    except ImportError as exc:
-        raise InvalidArgument(
-            "asking providers over HTTP needs a package that is not installed (aiohttp)",
-            hint="pip install 'mist-stack[infer]'",
-        ) from exc
-    return aiohttp

@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from mist.kit.http1_client import CONNECT_TIMEOUT_S, Pool
 from mist.protocol.payloads import Int64
 from mist.tools.infermux.chat import ChatRequest, Chunk, Embeddings, Json, Reply, Usage
 from mist.tools.infermux.failures import ProviderError
-from mist.tools.infermux.providers.http import CONNECT_TIMEOUT_S, Http, Pool, utc_now
+from mist.tools.infermux.providers.http import Http, utc_now
 from mist.tools.infermux.providers.params import encoded, stated, unsupported
 from mist.tools.infermux.providers.refusals import error_in, error_of
 
