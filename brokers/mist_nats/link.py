@@ -12,40 +12,18 @@ no ping is noticed within three pings. Does not: repeat anything.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import ssl
-import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
+import nats.aio.client
+import nats.aio.transport
+import nats.errors
 
-class _Late(ModuleType):
-    """A module in another's place that is imported when something of it is used."""
-
-    def __getattr__(self, name: str) -> Any:
-        self.make_way()
-        return getattr(importlib.import_module(self.__name__), name)
-
-    def make_way(self) -> None:
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-
-
-# nats-py imports aiohttp where it is installed, for websockets: more than half of the time that importing us would take
-_late = _Late("aiohttp")
-if "aiohttp" not in sys.modules and importlib.util.find_spec("aiohttp") is not None:
-    sys.modules["aiohttp"] = _late
-import nats.aio.client  # noqa: E402
-import nats.aio.transport  # noqa: E402
-import nats.errors  # noqa: E402
-
-from mist.broker.backoff import Backoff  # noqa: E402
-from mist.errors import Closed, MistError, NotAuthorised, Unavailable  # noqa: E402
-from mist_nats import wire  # noqa: E402
-from mist_nats.wire import Fed, Frame, Garbled, Splitter  # noqa: E402
-
-_late.make_way()
+from mist.broker.backoff import Backoff
+from mist.errors import Closed, MistError, NotAuthorised, Unavailable
+from mist_nats import wire
+from mist_nats.wire import Fed, Frame, Garbled, Splitter
 
 RELIED_ON = {
     "nats.aio.client.Client": ("connect", "close", "_transport", "_server_info"),

@@ -93,15 +93,13 @@ async def _over_http(url: str) -> AsyncIterator[tuple[Ask, Embed]]:
 
     base = url.rstrip("/")
     http = Posting(base)
-    json = {"Content-Type": "application/json"}
 
     async def ask(request: Envelope) -> Envelope:
-        headers = {**json, "traceparent": request.traceparent} if request.traceparent else json
-        return decode_foreign(await http.send("POST", f"{base}/mist", encode(request), headers))
+        return decode_foreign(await http.send("POST", f"{base}/mist", encode(request), request.traceparent))
 
     async def embed(model: str, texts: list[str]) -> list[list[float]]:
         body = msgspec.json.encode({"model": model, "input": texts})
-        answer = await http.send("POST", f"{base}/v1/embeddings", body, json)
+        answer = await http.send("POST", f"{base}/v1/embeddings", body)
         try:
             rows = msgspec.json.decode(answer, type=_Embeddings).data
         except msgspec.DecodeError as exc:
@@ -144,7 +142,7 @@ def traces_of(place: Path | str, stack: AsyncExitStack) -> Trace:
 
         async def over_http(trace_id: str) -> Sequence[TraceSpan]:
             try:
-                found = await http.send("GET", f"{base}/traces/{quote(trace_id, safe='')}?limit={SPANS_MAX}", None, {})
+                found = await http.send("GET", f"{base}/traces/{quote(trace_id, safe='')}?limit={SPANS_MAX}", None)
             except NotFound:
                 return []
             return msgspec.json.decode(found, type=_Spans).spans

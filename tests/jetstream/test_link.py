@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import subprocess
-import sys
 from importlib.metadata import version
 
 import nats.aio.client
@@ -49,19 +47,6 @@ def test_nats_py_takes_a_transport_that_is_there() -> None:
     handshake = inspect.getsource(nats.aio.client.Client._process_connect_init)
     assert handshake.count("self._transport.readline()") >= 2, "nats-py's handshake reads in another way now"
     assert "self._transport.read(" in inspect.getsource(nats.aio.client.Client._read_loop)
-
-
-def test_aiohttp_is_imported_by_who_uses_it() -> None:
-    """nats-py's websockets would make every process over NATS pay for it; they go on working, and so does everybody else."""
-    script = """
-import sys, mist_nats, nats.aio.transport as t
-print("aiohttp" in sys.modules, bool(t.aiohttp))
-theirs = t.aiohttp.ClientSession
-import aiohttp
-print(aiohttp.ClientSession is theirs, aiohttp.__spec__.name)
-"""
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["False", "True", "True", "aiohttp"]
 
 
 def test_a_connection_belongs_to_its_loop() -> None:

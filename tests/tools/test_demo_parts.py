@@ -17,13 +17,13 @@ from mist.cli._demo_traffic import CONTEXT_TOKENS, GENERATED_TOKENS, draw, span_
 from mist.errors import Internal
 from mist.protocol.codec import encode
 from mist.protocol.payloads import TraceSpan
-from mist.tools.matchspec.judging import grade
 from mist.tools.matchspec.load import load_suite as load
 from mist.tools.matchspec.results import rows
 from mist.tools.tokentrace.ingest import Options, ingest
 from mist.tools.tokentrace.spans import row_of
 from mist.tools.tokentrace.store import Batch, Store
 
+from .graded import grade
 from .spanning import envelope, message, record
 from .suites import write_recorded_suite
 

@@ -13,10 +13,11 @@ from mist.errors import InvalidArgument, NotFound
 from mist.tools.matchspec import gsm8k
 from mist.tools.matchspec.graders import grader
 from mist.tools.matchspec.grading import GradeInput
-from mist.tools.matchspec.judging import grade
 from mist.tools.matchspec.load import load_suite as load
 from mist.tools.matchspec.results import rows
 from mist.tools.matchspec.suite import Suite
+
+from .graded import grade
 
 DATA = Path(os.environ.get("MIST_TEST_DATA") or Path(__file__).resolve().parents[2].parent / "shared" / "data")
 SOLUTIONS = DATA / "gsm8k_model_solutions.jsonl"

@@ -26,9 +26,9 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -43,12 +43,14 @@ from mist.errors import (
     MistError,
     NotAuthorised,
     NotFound,
+    ProtocolError,
     TooLarge,
     TransportError,
     Unavailable,
-    Unsupported,
 )
 from mist.kit.aside import aside
+from mist.kit.http1_client import Pool, Response
+from mist.kit.http1_target import Target, checked_headers, host_of
 from mist.protocol.codec import decode_foreign, encode
 from mist.protocol.envelope import Envelope
 from mist.protocol.payloads import INFER_RESPONSE
@@ -182,50 +184,52 @@ class _OverBroker:
             await asyncio.wait({self._following})
 
 
-def _aiohttp() -> Any:
-    try:
-        import aiohttp
-    except ImportError as exc:
-        raise Unsupported("http", "this installation", hint="pip install 'mist-stack[infer]'") from exc
-    return aiohttp
-
-
 class Posting:
-    """One pooled HTTP session, made at the first question."""
+    """Requests over connections that are kept. `url` is what they go to, for errors; it may have holes."""
 
-    def __init__(self, url: str) -> None:
-        self._aiohttp = _aiohttp()
-        self._session: Any = None
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        Target.of(_HOLE.sub("x", url), "the URL of a model")
         self._where = urlsplit(url)._replace(query="", fragment="").geturl()
-        if "@" in self._where:
-            raise InvalidArgument("a URL of a model holds a user or a password", hint="put the key into `api_key_env`")
+        self._headers = {
+            "user-agent": "mist-matchspec", "accept-encoding": "identity", "content-type": "application/json",
+            **checked_headers(headers or {}, "the headers of a model"),
+        }  # fmt: skip
+        self._pool = Pool()
 
-    async def send(self, method: str, url: str, body: bytes | None, headers: dict[str, str]) -> bytes:
+    async def send(self, method: str, url: str, body: bytes | None, traceparent: str = "") -> bytes:
         """The answer's body. Raises what its status, or its absence, stands for."""
-        if self._session is None:
-            self._session = self._aiohttp.ClientSession(
-                timeout=self._aiohttp.ClientTimeout(total=None, sock_connect=10),
-                connector=self._aiohttp.TCPConnector(limit=0),
-            )
+        target = Target.of(url, "the URL of a model")
+        headers = {"host": host_of(target.origin), **self._headers}
+        if traceparent:
+            headers["traceparent"] = traceparent
+        if body is not None:
+            headers["content-length"] = str(len(body))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"{method} {target.path or '/'}{target.query} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
         try:
-            async with self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as answer:
-                found = bytearray()
-                async for piece in answer.content.iter_chunked(1 << 16):
-                    found += piece
-                    if len(found) > OUTPUT_BYTES_MAX:
-                        raise TooLarge(
-                            f"answer of {self._where}", size_bytes=len(found), size_bytes_max=OUTPUT_BYTES_MAX
-                        )
-                if answer.status >= 300:
-                    told = {k.lower(): v for k, v in answer.headers.items()}
-                    raise error_for(answer.status, told, bytes(found), self._where)
-                return bytes(found)
-        except self._aiohttp.ClientError as exc:
-            raise Unavailable(f"{self._where}: {type(exc).__name__}: {exc}") from exc
+            answer = await self._pool.post(target.origin, head, body or b"", repeatable=True)
+            try:
+                found = await self._read(answer)
+            finally:
+                answer.release()
+        except (Unavailable, ProtocolError) as exc:
+            raise Unavailable(f"{self._where}: {exc.message}") from exc
+        if answer.status >= 300:
+            raise error_for(answer.status, answer.headers, found, self._where)
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            raise Malformed(f"{self._where}: the answer is compressed, which nobody asked for")
+        return found
+
+    async def _read(self, answer: Response) -> bytes:
+        found = bytearray()
+        while piece := await answer.read():
+            found += piece
+            if len(found) > OUTPUT_BYTES_MAX:
+                raise TooLarge(f"answer of {self._where}", size_bytes=len(found), size_bytes_max=OUTPUT_BYTES_MAX)
+        return bytes(found)
 
     async def aclose(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._pool.aclose()
 
 
 class _OverHttp:
@@ -236,8 +240,7 @@ class _OverHttp:
         self._http = Posting(url)
 
     async def ask(self, q: Question) -> Envelope:
-        headers = {"Content-Type": "application/json", "traceparent": q.request.traceparent}
-        body = await self._http.send("POST", self._url, encode(q.request), headers)
+        body = await self._http.send("POST", self._url, encode(q.request), q.request.traceparent)
         if not body.strip():
             raise TransportError(f"{self._url}: took the question and gave no answer", retryable=False)
         return decode_foreign(body)
@@ -252,15 +255,15 @@ class _Endpoint:
     def __init__(self, spec: Http, label: str) -> None:
         self._spec = spec
         self._label = label
-        self._http = Posting(spec.endpoint)
-        self._headers = {"Content-Type": "application/json", **spec.headers}
+        headers = dict(spec.headers)
         if spec.api_key_env:
             key = os.environ.get(spec.api_key_env, "")
             if not key:
                 raise NotAuthorised(f"model {label}: the variable {spec.api_key_env} is not set")
             if not any(name.lower() == "authorization" for name in spec.headers):
-                self._headers["Authorization"] = f"Bearer {key}"
-            self._headers = {k: v.replace("{{api_key}}", key) for k, v in self._headers.items()}
+                headers["Authorization"] = f"Bearer {key}"
+            headers = {k: v.replace("{{api_key}}", key) for k, v in headers.items()}
+        self._http = Posting(spec.endpoint, headers)
         if spec.response_path:
             path_steps(spec.response_path)
 
@@ -272,8 +275,8 @@ class _Endpoint:
             if self._spec.method == "GET"
             else msgspec.json.encode({"input": q.prompt} if template is None else fill(template, q))
         )
-        url = str(fill(self._spec.endpoint, q)) if "{{" in self._spec.endpoint else self._spec.endpoint
-        raw = await self._http.send(self._spec.method, url, body, self._headers)
+        url = _filled(self._spec.endpoint, q, encoded=True)
+        raw = await self._http.send(self._spec.method, url, body)
         if not self._spec.response_path:
             output = raw.decode("utf-8", "replace")
         else:
@@ -290,13 +293,18 @@ class _Endpoint:
 def fill(template: Any, q: Question) -> Any:
     """The template with its holes filled; only texts are looked into, so that no input can change its shape."""
     if isinstance(template, str):
-        values = {"input": q.prompt, "system": q.system, "id": q.sample.id}
-        return _HOLE.sub(lambda m: values[m[1]], template)
+        return _filled(template, q)
     if isinstance(template, dict):
         return {k: fill(v, q) for k, v in template.items()}
     if isinstance(template, list | tuple):
         return [fill(v, q) for v in template]
     return template
+
+
+def _filled(text: str, q: Question, *, encoded: bool = False) -> str:
+    """`encoded`: for a URL; nothing in a value is more than a part of it."""
+    values = {"input": q.prompt, "system": q.system, "id": q.sample.id}
+    return _HOLE.sub(lambda m: quote(values[m[1]], safe="") if encoded else values[m[1]], text)
 
 
 def path_steps(path: str) -> list[str | int]:

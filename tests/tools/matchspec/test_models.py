@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -12,8 +13,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiohttp import web
 from conftest import run
+from msgspec import Struct
 
 import mist
 from mist.broker.base import Stream
@@ -159,33 +160,55 @@ def test_paths_into_answers() -> None:
             path_steps(path)
 
 
-Serve = Callable[[web.Request], Awaitable[web.StreamResponse]]
+class Asked(Struct):
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class Told(Struct):
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = {}
+
+
+Serve = Callable[[Asked], Told]
 
 
 async def serving(serve: Serve, body: Callable[[str], Awaitable[None]]) -> None:
-    """Run `body` with the address of a real server."""
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", serve)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        await body(f"http://127.0.0.1:{runner.addresses[0][1]}")
-    finally:
-        await runner.cleanup()
+    """Run `body` with the address of a real server, which keeps its connections."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+            while True:
+                line, *fields = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
+                method, path, _ = line.split(" ")
+                headers = dict(f.split(": ", 1) for f in fields)
+                told = serve(
+                    Asked(method, path, headers, await reader.readexactly(int(headers.get("content-length", 0))))
+                )
+                more = "".join(
+                    f"{k}: {v}\r\n" for k, v in {**told.headers, "content-length": str(len(told.body))}.items()
+                )
+                writer.write(f"HTTP/1.1 {told.status} x\r\n{more}\r\n".encode() + told.body)
+
+    async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
+        await body(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
 
 
 def test_an_endpoint_answers_and_fails_as_its_status_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Template, headers, key from the environment, path; statuses become errors that say whether to try again."""
     monkeypatch.setenv("THE_KEY", "secret")
     seen: list[tuple[dict[str, str], Any]] = []
+    paths: list[str] = []
     status = 200
     text = b'{"choices": [{"message": {"content": "hello"}}]}'
 
-    async def serve(request: web.Request) -> web.Response:
-        seen.append((dict(request.headers), msgspec.json.decode(await request.read() or b"null")))
-        return web.Response(status=status, body=text, headers={"Retry-After": "7"} if status == 429 else {})
+    def serve(request: Asked) -> Told:
+        seen.append((request.headers, msgspec.json.decode(request.body or b"null")))
+        paths.append(request.path)
+        return Told(text, status, {"Retry-After": "7"} if status == 429 else {})
 
     async def body(base: str) -> None:
         nonlocal status, text
@@ -196,7 +219,7 @@ def test_an_endpoint_answers_and_fails_as_its_status_says(monkeypatch: pytest.Mo
         )  # fmt: skip
         assert await asked(model) == "hello"
         headers, request = seen[-1]
-        assert (headers["Authorization"], headers["X-A"]) == ("Bearer secret", "b")
+        assert (headers["authorization"], headers["x-a"]) == ("Bearer secret", "b")
         assert request == {"messages": [{"role": "user", "content": SAMPLE.input}]}
         for given, code, retryable, after in (
             (429, "rate_limit", True, 7),
@@ -213,6 +236,8 @@ def test_an_endpoint_answers_and_fails_as_its_status_says(monkeypatch: pytest.Mo
         with pytest.raises(Malformed):
             await asked(model)
         assert await asked(Http(endpoint=base, method="GET")) == "not json"
+        await asked(Http(endpoint=f"{base}/a/{{{{id}}}}?q={{{{input}}}}&b=c#d", method="GET"))
+        assert paths[-2:] == ["/", "/a/s1?q=say%20%22hi%22&b=c"]
 
     run(serving(serve, body))
     monkeypatch.delenv("THE_KEY")
@@ -220,6 +245,8 @@ def test_an_endpoint_answers_and_fails_as_its_status_says(monkeypatch: pytest.Mo
         run(asked(Http(endpoint="http://127.0.0.1:9", api_key_env="THE_KEY")))
     with pytest.raises(InvalidArgument):
         run(asked(Http(endpoint="http://user:pass@127.0.0.1:9")))
+    with pytest.raises(InvalidArgument, match="no header may hold"):
+        run(asked(Http(endpoint="http://127.0.0.1:9", headers={"X-A": "b\r\nX-B: c"})))
     with pytest.raises(MistError) as refused:
         run(asked(Http(endpoint="http://127.0.0.1:9")))
     assert refused.value.retryable
@@ -227,24 +254,24 @@ def test_an_endpoint_answers_and_fails_as_its_status_says(monkeypatch: pytest.Mo
 
 def test_infermux_is_asked_over_http() -> None:
     """An envelope to /mist, its answer by correlation; an error in its own words; no answer is an error."""
-    answers: list[web.Response] = []
+    answers: list[Told] = []
 
-    async def serve(request: web.Request) -> web.Response:
+    def serve(request: Asked) -> Told:
         assert request.path == "/mist"
         if answers:
             return answers.pop()
-        env = decode(await request.read())
+        env = decode(request.body)
         out = Envelope.new(INFER_RESPONSE, {"content": "there"}, source="m", correlation_id=env.id)
-        return web.Response(body=encode(out), content_type="application/json")
+        return Told(encode(out), headers={"content-type": "application/json"})
 
     async def body(base: str) -> None:
         assert await asked(Infer(url=base)) == "there"
         error = msgspec.json.encode({"code": "rate_limit", "message": "budget", "meta": {"reason": "budget_exceeded"}})
-        answers.append(web.Response(status=429, body=error))
+        answers.append(Told(error, 429))
         with pytest.raises(MistError, match="budget") as failed:
             await asked(Infer(url=base))
         assert failed.value.meta["reason"] == "budget_exceeded"
-        answers.append(web.Response(status=202))
+        answers.append(Told(status=202))
         with pytest.raises(MistError, match="gave no answer"):
             await asked(Infer(url=f"{base}/mist"))
 

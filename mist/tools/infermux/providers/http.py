@@ -19,10 +19,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import quote, urlsplit
 
-from mist.errors import InvalidArgument, ProtocolError, TimedOut, TooLarge, Unavailable
-from mist.kit.http1_client import CONNECT_TIMEOUT_S, Origin, Pool, Response
+from mist.errors import ProtocolError, TimedOut, TooLarge, Unavailable
+from mist.kit.http1_client import CONNECT_TIMEOUT_S, Pool, Response
+from mist.kit.http1_target import Target, checked_headers, host_of
 from mist.protocol.url import redact
 from mist.tools.infermux.failures import Kind, ProviderError
 from mist.tools.infermux.providers.refusals import asked_to_wait_s, error_of, kind_of, reason_of, said_by
@@ -32,8 +32,6 @@ BODY_BYTES_MAX = 64 * 1024 * 1024
 ERROR_BYTES_MAX = 64 * 1024
 DRAIN_S = 0.25
 """How long the end of a stream that said its last word is waited for, to keep its connection."""
-_PATH = "/:@!$&'()*+,;=-._~%"
-_OURS = frozenset({"connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
 _SECRET_CHARS_MIN = 6
 """Shorter values are not taken out of texts: they are no keys, and stand in many words."""
 
@@ -63,10 +61,11 @@ class Http:
         self._provider = provider
         self._own = pool is None
         self._pool = pool or Pool(connect_timeout_s=connect_timeout_s)
-        self._origin, self._path, self._query = _checked_url(provider, base_url)
+        where = Target.of(base_url, f"provider {provider}: base_url")
+        self._origin, self._path, self._query = where.origin, where.path.rstrip("/"), where.query
         common = {
-            "host": _host_of(self._origin), "user-agent": "mist-infermux", "accept-encoding": "identity",
-            **_checked_headers(provider, headers), "content-type": "application/json",
+            "host": host_of(self._origin), "user-agent": "mist-infermux", "accept-encoding": "identity",
+            **checked_headers(headers, f"provider {provider}"), "content-type": "application/json",
         }  # fmt: skip
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in common.items())
         hidden = {*headers.values(), *secrets}
@@ -255,48 +254,3 @@ class Events:
         with contextlib.suppress(TimedOut, ProviderError):  # nothing is lost but the connection
             while not self._response.complete and await self._http._read(self._response, deadline_s):
                 pass
-
-
-def _checked_url(provider: str, base_url: str) -> tuple[Origin, str, str]:
-    """Where to, the path, and the query with its question mark."""
-    shown = redact(base_url)
-    try:
-        parts = urlsplit(base_url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise InvalidArgument(f"provider {provider}: base_url is no URL") from None  # either may say a password
-    if parts.scheme not in ("http", "https") or not host or port == 0:
-        raise InvalidArgument(
-            f"provider {provider}: base_url={shown!r} is no http URL", hint="for example http://127.0.0.1:11434/v1"
-        )
-    if parts.username is not None or parts.password is not None or shown != base_url:
-        raise InvalidArgument(
-            f"provider {provider}: base_url holds credentials", hint="api_key and headers are for these"
-        )
-    if not base_url.isprintable() or " " in base_url:
-        raise InvalidArgument(f"provider {provider}: base_url={shown!r} holds what no URL may hold")
-    if not host.isascii():
-        try:
-            host = host.encode("idna").decode("ascii")
-        except UnicodeError as exc:
-            raise InvalidArgument(f"provider {provider}: base_url={shown!r} names no host: {exc}") from exc
-    tls = parts.scheme == "https"
-    path = quote(parts.path.rstrip("/"), safe=_PATH)
-    query = f"?{quote(parts.query, safe=_PATH + '?')}" if parts.query else ""
-    return Origin(host, port or (443 if tls else 80), tls), path, query
-
-
-def _host_of(origin: Origin) -> str:
-    host = f"[{origin.host}]" if ":" in origin.host else origin.host
-    return host if origin.port == (443 if origin.tls else 80) else f"{host}:{origin.port}"
-
-
-def _checked_headers(provider: str, headers: Mapping[str, str]) -> dict[str, str]:
-    for name, value in headers.items():
-        if not (value.isprintable() and value.isascii()):
-            raise InvalidArgument(f"provider {provider}: the value of the header {name} holds what no header may hold")
-        if not name or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
-            raise InvalidArgument(f"provider {provider}: {name!r} is no name of a header")
-        if name.lower() in _OURS:
-            raise InvalidArgument(f"provider {provider}: the header {name} is the connection's own")
-    return {name.lower(): value for name, value in headers.items()}
