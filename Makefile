@@ -43,7 +43,7 @@ install: $(STAMP)  ## make .venv and install what requirements.lock says
 demo: $(STAMP)  ## the main job end to end, about 30 s; BROKER=nats or redis starts and kills a real server too
 	@$(VENV)/bin/mist demo $(if $(filter-out log,$(BROKER)),--server $(BROKER)) $(ARGS)
 
-test: $(STAMP)  ## the tests, four to five minutes on two cores
+test: $(STAMP)  ## the tests, five to six minutes on two cores
 	@$(PY) -m pytest -q -n $(JOBS) --ignore=tests/campaigns tests $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy --strict, import contracts, spelling, dead links
