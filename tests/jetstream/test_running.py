@@ -7,6 +7,7 @@ import secrets
 from types import SimpleNamespace
 from typing import Any, cast
 
+import nats
 import pytest
 
 import mist
@@ -84,7 +85,8 @@ def test_what_was_written_behind_the_run_is_counted() -> None:
             assert tail is not None
             while after + LIMIT < COUNT:
                 after = (await stream.read(after=after, limit=LIMIT)).scanned
-            await tail.wait(COUNT - 1, float("inf"))
+            while tail.known < COUNT:  # it comes in pieces
+                await tail.wait(COUNT - 1, float("inf"))
             assert tail._box is not None
             tail._box.handler = None
             await stream.append([Message("a", b"new")])
@@ -223,3 +225,25 @@ def test_a_tail_asks_for_no_more_than_it_may_hold() -> None:
         tail.die()
 
     asyncio.run(go())
+
+
+def test_pages_of_a_stream_without_direct_gets_are_whole() -> None:
+    """What others make seldom has direct gets: a page is not what one read of the socket brought of it."""
+    url, name = shared_url(), f"theirs-{secrets.token_hex(4)}"
+
+    async def main() -> None:
+        theirs = await nats.connect(url.partition("?")[0])
+        await theirs.jetstream().add_stream(name=name, subjects=[name])
+        for _ in range(400):
+            await theirs.publish(name, b"x" * 2000)
+        await theirs.flush()
+        async with mist.connect(url) as broker:
+            stream = await broker.open(name, create=False)
+            while (await stream.info()).last < 400:
+                await asyncio.sleep(0.02)
+            sizes = [len((await stream.read(after=after, limit=100)).records) for after in (0, 100, 200, 350)]
+            assert sizes == [100, 100, 100, 50]
+            await theirs.jetstream().delete_stream(name)
+        await theirs.close()
+
+    run(main())
