@@ -120,6 +120,7 @@ WHOLE: list[tuple[str, Any, int, bytes, bool]] = [
     ("interim answers", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + OK], 200, b"ok", True),
     ("204", b"HTTP/1.1 204 No Content\r\n\r\n", 204, b"", True),
     ("304 with a length", b"HTTP/1.1 304 Not Modified\r\ncontent-length: 9\r\n\r\n", 304, b"", True),
+    ("304 with chunks", b"HTTP/1.1 304 x\r\ntransfer-encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n", 304, b"", False),
     ("to the end", b"HTTP/1.1 200 OK\r\n\r\nok", 200, b"ok", False),
     ("HTTP/1.0", b"HTTP/1.0 200 OK\r\n\r\nok", 200, b"ok", False),
     ("HTTP/1.0 with a length", b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok", 200, b"ok", False),
