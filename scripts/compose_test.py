@@ -269,6 +269,9 @@ class Up:
         out([*self.docker, "kill", "--signal", "KILL", self.id(service)])
         say(f"{service} killed (SIGKILL)")
 
+    def stop(self, service: str) -> None:
+        out([*self.docker, "stop", self.id(service)])
+
     def start(self, service: str) -> None:
         out([*self.docker, "start", self.id(service)])
         self.healthy()
@@ -403,9 +406,11 @@ def one_machine(docker: list[str], compose: list[str]) -> None:
         up.up()
         hardened(up)
         door_and_worker(up, door, "nats")
+        up.stop("infermux")  # it would answer the demo's questions, of which it knows nothing
         demo(f"nats://127.0.0.1:{ports['NATS_PORT']}?monitor={ports['NATS_MONITOR_PORT']}")
         up.up(MIST_URL="redis://redis:6379/0")
         door_and_worker(up, door, "redis")
+        up.stop("infermux")
         demo(f"redis://127.0.0.1:{ports['REDIS_PORT']}/0")
         up.up(MIST_URL="log:/data/log")
         door_and_worker(up, door, "")

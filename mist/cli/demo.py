@@ -56,7 +56,8 @@ async def command(
 
     Without -u the broker is the embedded log in a fresh directory, which is left behind for you to look at. With --server
     it is a NATS or Redis server that the demo starts on this machine, kills with SIGKILL while spans are published,
-    starts again, and stops at the end.
+    starts again, and stops at the end. A broker of -u should have no InferMux that runs: it would answer the demo's questions,
+    of which it knows nothing.
 
     Examples:
       mist demo
