@@ -23,8 +23,6 @@ PAGES = 3
 RECORDS_MIN = 256
 BATCH = 4000
 """Records of one request: the next is made when half of them are read."""
-STALL_S = 0.5
-"""How long a page is waited for: what was about to come may have been trimmed by others."""
 FRESH_S = 1.0
 """How long a reader may pause: what was read ahead by then may have been trimmed, erased or deleted by others."""
 MAKING_S = 1.0
@@ -62,9 +60,7 @@ class Run:
             tail = await self._begin(after)
         if tail is None or not tail.serves(after):
             return None
-        until = self._loop.time() + STALL_S
-        while tail.coming and tail.known < after + limit and self._loop.time() < until:
-            await tail.wait(after + limit - 1, until)
+        await tail.fill(after + limit)
         if tail.dead:
             return None
         records, last = tail.take(after, limit, bytes_max)

@@ -40,7 +40,7 @@ from mist_nats.link import CALL_S
 from mist_nats.names import META_INCARNATION, TAIL, prefix
 from mist_nats.publish import Publisher
 from mist_nats.running import BATCH as RUN_BATCH
-from mist_nats.running import STALL_S, Run
+from mist_nats.running import Run
 from mist_nats.tail import BATCH as TAIL_BATCH
 from mist_nats.tail import Tail
 from mist_nats.wire import rfc3339, settle, time_ns
@@ -402,9 +402,7 @@ class NatsStream(Stream):
             await self._follow(ALL, after)
             tail = self.shared.tails[ALL]
         while loop.time() < until and not tail.dead:
-            soon = loop.time() + STALL_S
-            while after < tail.known < after + limit and tail.coming and loop.time() < soon:
-                await tail.wait(tail.known, soon)  # the rest of the page is on its way
+            await tail.fill(after + limit)
             records, end = tail.take(after, limit, bytes_max)
             if records:
                 self._placed(after, await self.state())

@@ -31,6 +31,8 @@ KEEP = 1000
 EXPIRES_S = 30.0
 BEAT_S = 5.0
 MISSED_S = 12.0
+STALL_S = 0.5
+"""How long a page is waited for: what was about to come may have been trimmed by others."""
 IDLE_S = 30.0
 GONE_S = 60.0
 """After this the server removes a tail whose client has gone."""
@@ -145,6 +147,12 @@ class Tail:
         else:
             last = scanned + (1 if self.left or (self._sequences and self._sequences[-1] > scanned) else 0)
         return out, max(last, scanned)
+
+    async def fill(self, upto: int) -> None:
+        """Until it holds `upto`, the server has no more, or STALL_S: a page is not what one read of the socket brought."""
+        until = self._loop.time() + STALL_S
+        while self.coming and self.known < upto and self._loop.time() < until:
+            await self.wait(upto - 1, until)
 
     async def wait(self, after: int, until: float) -> None:
         """Until there may be something behind `after`, the tail is dead, or it is loop time `until`."""

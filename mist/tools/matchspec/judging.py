@@ -191,7 +191,7 @@ class Judge:
             hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), sample.tags,
             told.tokens_in, told.tokens_out, told.cost_usd, told.latency_ms,
             1, told.request_id, told.trace_id,  # attempts
-            cluster_of(sample, self._cluster) if self._cluster else "",
+            self._cluster_of(sample),
         )  # fmt: skip
 
     def _cluster_of(self, sample: Sample) -> str:
